@@ -1,0 +1,1 @@
+"""What both stages of Intarsia stand on: configuration, registries, specs, randomness, codes on disk, runs."""

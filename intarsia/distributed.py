@@ -1,0 +1,60 @@
+"""Collectives that are no-ops in one process. Whether there are several is decided at the time of each call."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+class Comm:
+    """The collectives that quantisers and runs are given. Every rank must make the same calls in the same order."""
+
+    @property
+    def world_size(self) -> int:
+        return world_size()
+
+    @property
+    def rank(self) -> int:
+        return rank()
+
+    def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
+        """Sums ``tensor`` over the ranks in place and returns it."""
+        if world_size() > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """(n_r, ...) of each rank -> (sum n_r, ...) in order of rank, on every rank; the n_r may differ."""
+        if world_size() == 1:
+            return rows
+        counts = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
+        counts[rank()] = rows.shape[0]
+        dist.all_reduce(counts)
+        sizes = counts.tolist()
+        padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+        padded[: rows.shape[0]] = rows
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded.contiguous())
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def broadcast_(self, tensor: Tensor, src: int = 0) -> Tensor:
+        """Copies ``tensor`` of rank ``src`` to every rank in place and returns it."""
+        if world_size() > 1:
+            dist.broadcast(tensor, src)
+        return tensor
+
+    def barrier(self) -> None:
+        if world_size() > 1:
+            dist.barrier()
+
+
+comm = Comm()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,8 +18,20 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def _in_place(tensor: Tensor, collective: Callable[[Tensor], Any]) -> Tensor:
+    if world_size() > 1:
+        whole = tensor.detach().contiguous()
+        collective(whole)
+        if whole.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(whole)
+    return tensor
+
+
 class Comm:
-    """The collectives that quantisers and runs are given. Every rank must make the same calls in the same order."""
+    """The collectives that quantisers and runs are given. Every rank must make the same calls in the same order.
+
+    Tensors may be views with gaps: the backends take contiguous memory only, so that one is made and copied back.
+    """
 
     @property
     def world_size(self) -> int:
@@ -28,12 +43,17 @@ class Comm:
 
     def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
         """Sums ``tensor`` over the ranks in place and returns it."""
-        if world_size() > 1:
-            dist.all_reduce(tensor)
-        return tensor
+        return _in_place(tensor, dist.all_reduce)
+
+    def all_reduce_min_(self, tensor: Tensor) -> Tensor:
+        """The least of ``tensor`` over the ranks, element by element, in place; returns it."""
+        return _in_place(tensor, lambda t: dist.all_reduce(t, dist.ReduceOp.MIN))
 
     def gather_rows(self, rows: Tensor) -> Tensor:
-        """(n_r, ...) of each rank -> (sum n_r, ...) in order of rank, on every rank; the n_r may differ."""
+        """(n_r, ...) of each rank -> (sum n_r, ...) in order of rank, on every rank; the n_r may differ, the rest of the shape may not.
+
+        One host sync, for the n_r; no gradient flows.
+        """
         if world_size() == 1:
             return rows
         counts = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
@@ -41,16 +61,14 @@ class Comm:
         dist.all_reduce(counts)
         sizes = counts.tolist()
         padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
-        padded[: rows.shape[0]] = rows
+        padded[: rows.shape[0]] = rows.detach()
         parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded.contiguous())
+        dist.all_gather(parts, padded)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     def broadcast_(self, tensor: Tensor, src: int = 0) -> Tensor:
         """Copies ``tensor`` of rank ``src`` to every rank in place and returns it."""
-        if world_size() > 1:
-            dist.broadcast(tensor, src)
-        return tensor
+        return _in_place(tensor, lambda t: dist.broadcast(t, src))
 
     def barrier(self) -> None:
         if world_size() > 1:

@@ -1,0 +1,172 @@
+"""Convolutional encoder and decoder on 1, 2 or 3 axes: strided stages with residual blocks, mirrored."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from intarsia.specs import SignalSpec
+from stage1_tokenizer.nets.base import NETS, Net, NetConfig
+
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+
+
+class ConvConfig(NetConfig):
+    """One stage per width; each after the first halves the grid. The decoder mirrors the encoder."""
+
+    widths: tuple[int, ...] = (32, 64, 96)
+    """Channels of the stages, fine to coarse; len(widths) - 1 halvings."""
+    blocks: tuple[int, ...] = (0, 1, 2)
+    """Residual blocks of each stage in the decoder."""
+    encoder_blocks: tuple[int, ...] | None = (0, 1, 0)
+    """Residual blocks of each stage in the encoder; null = as in the decoder."""
+    patch: int = 1
+    """The first and last layer work on patches of this many samples an axis: nothing runs at full resolution. 1 = off."""
+    norm: Literal["group", "none"] = "group"
+    """Normalisation in the residual blocks; `none` keeps the receptive field finite."""
+    upsample: Literal["transposed", "nearest"] = "transposed"
+    """4-wide transposed convolutions, or nearest-neighbour upsampling and a 3-wide convolution."""
+
+    def model_post_init(self, context: Any) -> None:
+        if not self.widths or min(self.widths) < 1:
+            raise ValueError(f"widths: {self.widths} must be one or more positive numbers")
+        for name, blocks in (("blocks", self.blocks), ("encoder_blocks", self.encoder_blocks)):
+            if blocks is not None and (len(blocks) != len(self.widths) or min(blocks) < 0):
+                raise ValueError(f"{name}: {blocks}; expected {len(self.widths)} counts, one for each of widths {self.widths}")
+
+
+def norm_layer(kind: str, width: int) -> nn.Module:
+    """Group norm with groups of at least 8 channels and at most 32 groups."""
+    if kind == "none":
+        return nn.Identity()
+    return nn.GroupNorm(math.gcd(32, max(1, width // 8)), width)
+
+
+def unpatch(x: Tensor, patch: int) -> Tensor:
+    """(B, C patch^d, *grid) to (B, C, *(patch grid)): each cell's channels become its patch (sub-pixel convolution, Shi et al. 2016)."""
+    if patch == 1:
+        return x
+    axes = "xyz"[: x.ndim - 2]
+    inside = " ".join(f"p{a}" for a in axes)
+    outside = " ".join(f"({a} p{a})" for a in axes)
+    return rearrange(x, f"b (c {inside}) {' '.join(axes)} -> b c {outside}", **{f"p{a}": patch for a in axes})
+
+
+class ResidualBlock(nn.Module):
+    """x + conv3(act(norm(conv3(act(norm(x)))))), the last convolution starting small."""
+
+    def __init__(self, axes: int, width: int, norm: str) -> None:
+        super().__init__()
+        conv = CONV[axes]
+        self.norm1, self.conv1 = norm_layer(norm, width), conv(width, width, 3, padding=1)
+        self.norm2, self.conv2 = norm_layer(norm, width), conv(width, width, 3, padding=1)
+        with torch.no_grad():
+            self.conv2.weight.mul_(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(h)))
+
+
+class Upsample(nn.Module):
+    """Doubles the grid."""
+
+    def __init__(self, axes: int, width_in: int, width_out: int, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.conv: nn.Module
+        if kind == "transposed":
+            self.conv = TRANSPOSED[axes](width_in, width_out, 4, stride=2, padding=1)
+        else:
+            self.conv = CONV[axes](width_in, width_out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x if self.kind == "transposed" else F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Activation(nn.Module):
+    """Normalisation and SiLU, before a layer that changes the grid or the width."""
+
+    def __init__(self, width: int, norm: str) -> None:
+        super().__init__()
+        self.norm = norm_layer(norm, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.norm(x))
+
+
+@NETS.register("conv", ConvConfig)
+class ConvNet(Net):
+    """4-wide strided convolutions downwards, the mirror upwards (the reference of van den Oord et al. 2017, normalised)."""
+
+    def __init__(self, config: ConvConfig, signal: SignalSpec) -> None:
+        super().__init__(config, signal)
+        axes, widths = len(signal.shape), config.widths
+        patch, factor = config.patch, config.patch * 2 ** (len(widths) - 1)
+        if any(s % factor for s in signal.shape):
+            made = f"patch {patch} and {len(widths)} widths make a stride of {factor}"
+            raise ValueError(f"net: {made}; signal shape {signal.shape} is no multiple of it")
+        self.config = config
+        self.width = widths[-1]
+        self.stride = (factor,) * axes
+        self.grid = tuple(s // factor for s in signal.shape)
+        encoder_blocks = config.blocks if config.encoder_blocks is None else config.encoder_blocks
+        conv, norm = CONV[axes], config.norm
+
+        first = conv(signal.channels, widths[0], 3, padding=1) if patch == 1 else conv(signal.channels, widths[0], patch, stride=patch)
+        down: list[nn.Module] = [first]
+        for i, width in enumerate(widths):
+            if i:
+                down += [Activation(widths[i - 1], norm), conv(widths[i - 1], width, 4, stride=2, padding=1)]
+            down += [ResidualBlock(axes, width, norm) for _ in range(encoder_blocks[i])]
+        self.encoder = nn.Sequential(*down, Activation(widths[-1], norm))
+
+        up: list[nn.Module] = []
+        for i in reversed(range(len(widths))):
+            up += [ResidualBlock(axes, widths[i], norm) for _ in range(config.blocks[i])]
+            up += [Activation(widths[i], norm)]
+            if i:
+                up += [Upsample(axes, widths[i], widths[i - 1], config.upsample)]
+        self.decoder = nn.Sequential(*up, conv(widths[0], signal.channels * patch**axes, 3, padding=1))
+        self.halo = None if norm == "group" else max(self._encoder_reach(encoder_blocks), self._decoder_reach())
+
+    def _encoder_reach(self, blocks: tuple[int, ...]) -> int:
+        """How many cells beyond its own patch a code sees: the cell's interval of samples, followed from the code back."""
+        first, last = 0, 0
+        for i in reversed(range(len(blocks))):
+            first, last = first - 2 * blocks[i], last + 2 * blocks[i]
+            if i:
+                first, last = 2 * first - 1, 2 * last + 2
+        if self.config.patch == 1:
+            first, last = first - 1, last + 1
+        else:
+            first, last = self.config.patch * first, self.config.patch * last + self.config.patch - 1
+        return math.ceil(max(-first, last - (self.stride[0] - 1)) / self.stride[0])
+
+    def _decoder_reach(self) -> int:
+        """How many cells beyond its own a sample depends on, followed from a cell's patch back to the codes."""
+        first, last = 0, self.stride[0] // self.config.patch - 1
+        first, last = first - 1, last + 1
+        for i, blocks in enumerate(self.config.blocks):
+            first, last = first - 2 * blocks, last + 2 * blocks
+            if i < len(self.config.blocks) - 1:
+                first, last = (first - 1) // 2, (last + 1) // 2  # both kinds of upsampling: at most one sample on either side
+        return max(-first, last)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        weight = self.decoder[-1].weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.encoder(x)
+
+    def decode(self, features: Tensor) -> Tensor:
+        return unpatch(self.decoder(features), self.config.patch)

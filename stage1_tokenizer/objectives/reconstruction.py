@@ -1,0 +1,49 @@
+"""Reconstruction error plus the quantiser's own terms (van den Oord et al. 2017, equation 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from intarsia.rng import StepRng
+from stage1_tokenizer.objectives.base import OBJECTIVES, Objective, ObjectiveConfig
+from stage1_tokenizer.tokenizers.base import TokenizerOutput
+
+
+class ReconstructionConfig(ObjectiveConfig):
+    """weight * error(x, reconstruction) + prefix_weight * the same for each trained prefix of levels + quantiser terms."""
+
+    error: Literal["mse", "l1"] = "mse"
+    """Mean squared or mean absolute error, on the scale of [-1, 1]."""
+    weight: float = 10.0
+    """Weight of the error against the quantiser's terms."""
+    prefix_weight: float = 0.25
+    """Weight of the error of each reconstruction from leading levels alone, relative to `weight`."""
+
+    def model_post_init(self, context: Any) -> None:
+        if self.weight <= 0 or self.prefix_weight < 0:
+            raise ValueError(f"weight {self.weight} must be positive and prefix_weight {self.prefix_weight} not negative")
+
+
+@OBJECTIVES.register("reconstruction", ReconstructionConfig)
+class Reconstruction(Objective):
+    """Has no state and no critic."""
+
+    def __init__(self, config: ReconstructionConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def tokenizer_loss(self, out: TokenizerOutput, x: Tensor, step: int, rng: StepRng) -> tuple[Tensor, Mapping[str, Tensor]]:
+        error = self._error(out.x, x)
+        total = error
+        for _, reconstruction in out.prefixes:
+            total = total + self.config.prefix_weight * self._error(reconstruction, x)
+        loss = self.config.weight * total + out.loss
+        return loss, {"loss": loss.detach(), "reconstruction": error.detach(), "quantiser_loss": out.loss.detach(), **out.stats}
+
+    def _error(self, y: Tensor, x: Tensor) -> Tensor:
+        y = y.to(x.dtype)  # half precision is compared in the precision of the signal
+        return F.mse_loss(y, x) if self.config.error == "mse" else F.l1_loss(y, x)

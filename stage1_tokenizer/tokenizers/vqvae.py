@@ -1,0 +1,112 @@
+"""One grid of codes: encoder, quantiser, decoder (van den Oord et al. 2017). VQGAN, ViT-VQGAN and RQ-VAE are its compositions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intarsia.distributed import Comm
+from intarsia.rng import StepRng
+from intarsia.specs import Cond, LevelSpec, SignalSpec, TokenizerSpec
+from stage1_tokenizer.nets.base import NETS, NetConfig
+from stage1_tokenizer.nets.conv import CONV, ConvConfig
+from stage1_tokenizer.quantizers.base import QUANTIZERS, QuantizerConfig
+from stage1_tokenizer.quantizers.vq import VQConfig
+from stage1_tokenizer.tokenizers.base import TOKENIZERS, Tokenizer, TokenizerConfig, TokenizerOutput
+
+
+class VQVAEConfig(TokenizerConfig):
+    """A net around a quantiser."""
+
+    net: NetConfig = ConvConfig()
+    """Encoder and decoder."""
+    quantizer: QuantizerConfig = VQConfig()
+    """Latents to codes."""
+
+
+@TOKENIZERS.register("vqvae", VQVAEConfig)
+class VQVAE(Tokenizer):
+    """Signal (B, C, *axes) -> features -> 1-wide convolution to D -> codes (B, *grid), and back through a 3-wide one."""
+
+    def __init__(self, config: VQVAEConfig, signal: SignalSpec) -> None:
+        super().__init__(config, signal)
+        self.quantizer = QUANTIZERS.build(config.quantizer)
+        self.net = NETS.build(config.net, signal)
+        conv = CONV[len(signal.shape)]
+        self.to_codes = conv(self.net.width, self.quantizer.dim, 1)
+        self.from_codes = conv(self.quantizer.dim, self.net.width, 3, padding=1)
+        self.stride = self.net.stride
+        self.halo = None if self.net.halo is None else self.net.halo + 1
+
+    @property
+    def spec(self) -> TokenizerSpec:
+        return TokenizerSpec(self.signal, self.level_specs(), self.fingerprint, self.prefixes())
+
+    def level_specs(self) -> tuple[LevelSpec, ...]:
+        return self.quantizer.level_specs("codes", self.net.grid)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.net.last_layer
+
+    def code_path(self) -> dict[str, nn.Module]:
+        """The modules that decide the codes of a signal; ``init`` with a frozen code path trains the rest."""
+        modules: dict[str, nn.Module] = {"to_codes": self.to_codes, "quantizer": self.quantizer}
+        if isinstance(encoder := getattr(self.net, "encoder", None), nn.Module):
+            modules["net.encoder"] = encoder
+        return modules
+
+    def fingerprint_tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name, module in self.code_path().items():
+            found = self.quantizer.code_tensors() if module is self.quantizer else dict(module.state_dict(keep_vars=True))
+            tensors |= {f"{name}.{key}": tensor for key, tensor in found.items()}
+        return tensors
+
+    def latents(self, x: Tensor) -> Tensor:
+        """(B, C, *axes) to z_e (B, D, *grid), in float32 or wider: a half-precision net ends here."""
+        z = self.to_codes(self.net.encode(x))
+        return z if z.dtype == torch.float64 else z.float()
+
+    def _reconstruct(self, z_q: Tensor) -> Tensor:
+        return self.net.decode(self.from_codes(z_q))
+
+    def forward(self, x: Tensor, cond: Cond | None = None, rng: StepRng | None = None) -> TokenizerOutput:
+        if cond is not None:
+            raise ValueError("cond: VQVAE has no use for a condition")
+        q = self.quantizer(self.latents(x), rng)
+        return TokenizerOutput(self._reconstruct(q.z), q.codes, q.loss, q.stats)
+
+    @torch.no_grad()
+    def initialize(self, batches: Iterable[Tensor], rng: StepRng, comm: Comm) -> None:
+        parts = [self.latents(x).movedim(1, -1).reshape(-1, self.quantizer.dim) for x in batches]
+        rows = torch.cat(parts) if parts else torch.zeros(0, self.quantizer.dim, device=self.device, dtype=self.dtype)
+        self.quantizer.initialize(comm.gather_rows(rows), rng)
+
+    @torch.no_grad()
+    def reestimate(self, batches: Iterable[tuple[Tensor, StepRng]], comm: Comm) -> None:
+        self.discard()
+        was_training = self.training
+        self.train()
+        for x, rng in batches:
+            self.quantizer(self.latents(x), rng)
+        self.train(was_training)
+        self.quantizer.reestimate(comm)
+
+    def update(self, rng: StepRng, comm: Comm) -> dict[str, Tensor]:
+        return self.quantizer.update(rng, comm)
+
+    def discard(self) -> None:
+        self.quantizer.discard()
+
+    def finite(self) -> Tensor:
+        return self.quantizer.finite()
+
+    def _encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.quantizer(self.latents(x)).codes
+
+    def _decode(self, codes: tuple[Tensor, ...], cond: Any) -> Tensor:
+        return self._reconstruct(self.quantizer.decode(codes).to(self.dtype))

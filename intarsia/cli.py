@@ -8,12 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from pydantic_core import PydanticUndefined
 
 from intarsia import yaml_io
-from intarsia.config import Config, ConfigError, config_class, field_class, walk
+from intarsia.config import Config, ConfigError, config_class, field_class, nearest, walk
+from intarsia.flags import apply_flags
 
 C = TypeVar("C", bound=Config)
 
@@ -30,6 +32,7 @@ class Flags:
     debug: bool = False
 
 
+_SWITCHES = ("check", "dry_run", "allow_low_space", "debug")
 _FLAG_DOCS = {
     "check": "validate the configuration and look at the data, then stop",
     "dry_run": "build on the meta device, print parameters and memory, then stop",
@@ -41,27 +44,34 @@ _FLAG_DOCS = {
 
 
 def configs_folder() -> Path:
-    """Where the shipped configurations lie: ``configs/`` of the checkout, or of the installed package."""
-    return Path(str(resources.files("configs")))
+    """Where the shipped configurations lie: ``configs/`` beside this package, in the checkout as in an installation."""
+    return Path(__file__).resolve().parent.parent / "configs"
+
+
+def shipped_configs() -> list[str]:
+    """The names of the shipped configurations, such as ``fashion_mnist/vqvae``."""
+    root = configs_folder()
+    return sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
 
 
 def find_config(name: str) -> Path:
-    """A file path first, then the name of a shipped configuration such as ``fashion_mnist/vqvae``."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    root = configs_folder()
-    shipped = root / (name if name.endswith(".yaml") else name + ".yaml")
-    if shipped.is_file():
-        return shipped
-    known = sorted(str(p.relative_to(root).with_suffix("")) for p in root.rglob("*.yaml"))
-    raise ConfigError([f"--config: {name!r} is neither a file nor one of the shipped {', '.join(known)}"])
+    """A file path first, then the name of a shipped configuration. Raises ConfigError with the names that there are."""
+    if Path(name).is_file():
+        return Path(name)
+    shipped = shipped_configs()
+    if name.removesuffix(".yaml") in shipped:
+        return configs_folder() / (name.removesuffix(".yaml") + ".yaml")
+    hint = f"{nearest(name, shipped)} shipped: {', '.join(shipped)}"
+    raise ConfigError([f"--config: {name!r} is neither a file nor a shipped configuration{hint}"])
 
 
 def load_tree(name: str) -> dict[str, Any]:
+    """The raw tree of a configuration file. Raises ConfigError with path and line."""
     path = find_config(name)
     try:
-        tree = yaml_io.load(path.read_text())
+        if path.stat().st_size > yaml_io.MAX_BYTES:
+            raise yaml_io.YAMLError(f"{path.stat().st_size} bytes; at most {yaml_io.MAX_BYTES} are read")
+        tree = yaml_io.load(path.read_text(encoding="utf-8"))
     except (yaml_io.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: {error}"]) from None
     if tree is None:
@@ -71,72 +81,18 @@ def load_tree(name: str) -> dict[str, Any]:
     return tree
 
 
-def _scalar(text: str, path: str) -> Any:
-    try:
-        return yaml_io.load(text)
-    except yaml_io.YAMLError:
-        if text[:1] in "[{":
-            raise ConfigError([f"--{path}: {text!r} is no YAML value"]) from None
-        return text
-
-
-def _wants_text(cls: type[Config] | None, keys: list[str]) -> bool:
-    """True where the field is a plain string, so that ``--run 7`` stays text."""
-    for depth, key in enumerate(keys):
-        if cls is None or key not in cls.model_fields:
-            return False
-        field = cls.model_fields[key]
-        if depth == len(keys) - 1:
-            return field.annotation in (str, str | None)
-        cls = config_class(field.annotation)
-    return False
-
-
-def _default_tree(cls: type[Config], keys: list[str]) -> dict[str, Any]:
-    """What the field at ``keys`` holds by default, so that a flag may change one part of it."""
-    tree: Any = {name: f.get_default(call_default_factory=True) for name, f in cls.model_fields.items()}
-    for key in keys:
-        tree = tree.get(key) if isinstance(tree, Mapping) else getattr(tree, key, None)
-    return {"type": tree.type_name} if isinstance(tree, Config) and tree.type_name else {}
-
-
-def apply_flags(cls: type[Config], tree: dict[str, Any], flags: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Edits the raw tree, ``type`` first; changing a type starts from that type's defaults."""
-    for path, text in sorted(flags, key=lambda f: (not f[0].endswith("type"), f[0].count(".") if f[0].endswith("type") else 0)):
-        keys = path.split(".")
-        value: Any = text if keys[-1] == "type" or _wants_text(cls, keys) else _scalar(text, path)
-        node: Any = tree
-        for depth, key in enumerate(keys[:-1]):
-            if isinstance(node, list):
-                if not key.isdigit() or int(key) >= len(node):
-                    raise ConfigError([f"--{path}: {key!r} is no index into a list of {len(node)}"])
-                node = node[int(key)]
-                continue
-            if not isinstance(node.get(key), dict | list):
-                node[key] = _default_tree(cls, keys[: depth + 1])
-            node = node[key]
-        last = keys[-1]
-        if isinstance(node, list):
-            if not last.isdigit() or int(last) >= len(node):
-                raise ConfigError([f"--{path}: {last!r} is no index into a list of {len(node)}"])
-            node[int(last)] = value
-        else:
-            if last == "type" and node.get("type") != value:
-                node.clear()
-            node[last] = value
-    return tree
-
-
-def help_text(cls: type[Config], program: str) -> str:
-    """Every field with its default, class and doc."""
+def help_text(cls: type[Config], program: str, tree: Mapping[str, Any] | None = None) -> str:
+    """Every field with its value (that of ``tree``, else the default), class and doc."""
     lines = [f"usage: {program} [--config NAME|PATH] [--key value ...] [flags]", "", (cls.__doc__ or "").strip(), "", "fields:"]
-    for path, field, default in walk(cls):
-        shown = "required" if field.is_required() else repr(default)
+    for path, field, value in walk(cls, tree):
+        shown = "required" if value is PydanticUndefined else repr(value)
         doc = " ".join((field.description or "").split())
         lines.append(f"  --{path} ({shown}; {field_class(field)})" + (f"\n      {doc}" if doc else ""))
         inner = config_class(field.annotation)
         if path.endswith(".type") and inner is not None and inner.registry is not None:
-            lines.append(f"      types: {', '.join(inner.registry.names())}")
+            lines.append(f"      types: {', '.join(inner.registry.names())}; --{path} NAME --help lists the fields of another one")
+        elif get_origin(field.annotation) is Literal:
+            lines.append(f"      one of: {', '.join(map(str, get_args(field.annotation)))}")
     lines += ["", "flags:"] + [f"  --{name}: {doc}" for name, doc in _FLAG_DOCS.items()]
     return "\n".join(lines)
 
@@ -147,53 +103,83 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, aliases: Mapping[str,
     Raises ConfigError; exits 0 after ``--help``.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if "--help" in words or "-h" in words:
-        print(help_text(cls, program or Path(sys.argv[0]).name))
-        raise SystemExit(0)
-    tree: dict[str, Any] = {}
+    wants_help = "--help" in words or "-h" in words
+    words = [word for word in words if word not in ("--help", "-h")]
+    config: str | None = None
     edits: list[tuple[str, str]] = []
     flags: dict[str, Any] = {}
+    errors: list[str] = []
     while words:
         word = words.pop(0)
-        if not word.startswith("--"):
-            raise ConfigError([f"{word!r}: expected --key value"])
         name, joined, value = word[2:].partition("=")
-        if name in ("check", "dry_run", "allow_low_space", "debug"):
+        if not word.startswith("--") or not name:
+            errors.append(f"{word!r}: expected --key value")
+            continue
+        if name in _SWITCHES:
+            if joined:
+                errors.append(f"--{name}: {value!r} is too much; the flag takes no value")
             flags[name] = True
             continue
         if not joined:
-            if not words:
-                raise ConfigError([f"--{name}: a value is missing"])
+            if not words or words[0].startswith("--"):
+                errors.append(f"--{name}: a value is missing")
+                continue
             value = words.pop(0)
         if name == "config":
-            tree = load_tree(value)
+            if config is not None:
+                errors.append(f"--config: given twice, {config!r} and {value!r}")
+            config = value
         elif name == "max_steps":
-            if not value.isdigit():
-                raise ConfigError([f"--max_steps: {value!r} is no whole number"])
-            flags[name] = int(value)
+            if not (value.isascii() and value.isdecimal()):
+                errors.append(f"--max_steps: {value!r} is no whole number")
+            else:
+                flags[name] = int(value)
         elif name == "resume":
             flags[name] = value
         else:
-            edits.append(((aliases or {}).get(name, name), value))
-    return cls.from_dict(apply_flags(cls, tree, edits)), Flags(**flags)
+            path = (aliases or {}).get(name, name)
+            if path.split(".")[0] in cls.model_fields:
+                edits.append((path, value))
+            else:
+                known = [*cls.model_fields, *(aliases or {}), "config", *_FLAG_DOCS]
+                errors.append(f"--{name}: unknown key{nearest(name.split('.')[0], known)} allowed: {', '.join(known)}")
+    try:
+        tree = apply_flags(cls, load_tree(config) if config is not None else {}, edits)
+        if wants_help:
+            print(help_text(cls, program or Path(sys.argv[0]).name, tree))
+            raise SystemExit(0)
+        parsed = cls.from_dict(tree)
+    except ConfigError as error:
+        raise ConfigError(errors + error.errors) from None
+    if errors:
+        raise ConfigError(errors)
+    return parsed, Flags(**flags)
 
 
 class UserError(Exception):
     """A mistake of the caller's that a script reports in one line, with exit code 2."""
 
 
+class RunError(Exception):
+    """A run that cannot go on: numbers that are not finite, ranks that differ, a full disk. One line, exit code 3."""
+
+
 def run_main(main: Callable[[], Any]) -> None:
-    """Calls ``main``; a mistake of the user's is printed by one rank, in one line each, and ends with exit code 2."""
+    """Calls ``main``; a mistake of the user's is printed in one line and ends with exit code 2, a failed run with 3.
+
+    What all ranks raise is printed by rank 0. The others wait a moment, in which the launcher ends them, and speak only
+    where they are alone with their error.
+    """
     try:
         main()
-    except (ConfigError, UserError, ValueError, FileNotFoundError, NotADirectoryError, FileExistsError, PermissionError) as error:
+    except (RunError, ConfigError, UserError, ValueError, FileNotFoundError, NotADirectoryError, FileExistsError, PermissionError) as error:
         if "--debug" in sys.argv:
             raise
-        if os.environ.get("RANK", "0") == "0":
-            for line in str(error).splitlines():
-                print(f"error: {line}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(1.0)  # lets the rank that speaks speak before the launcher ends it
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(1.0)
+        place = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
+        for line in str(error).splitlines() or [repr(error)]:
+            print(f"error: {line}{place}", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        raise SystemExit(2) from None
+        raise SystemExit(3 if isinstance(error, RunError) else 2) from None

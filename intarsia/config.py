@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin
 
 import pydantic
@@ -60,13 +60,13 @@ class Config(BaseModel):
             target, tree = _resolve_type(cls, dict(value))
             if target is not cls:
                 return typing.cast(Self, target.model_validate(tree))
-            return handler(tree)
+            return handler(complete(cls, tree))
         return handler(value)
 
     def to_dict(self) -> dict[str, Any]:
         """The plain tree: dictionaries (``type`` first), lists and scalars. ``from_dict`` reads it back."""
         head: dict[str, Any] = {"type": self.type_name} if self.type_name else {}
-        return head | {name: _plain(getattr(self, name)) for name in type(self).model_fields}
+        return head | {name: plain(getattr(self, name)) for name in type(self).model_fields}
 
     def to_yaml(self) -> str:
         return yaml_io.dump(self.to_dict())
@@ -87,7 +87,7 @@ class Config(BaseModel):
 
     def replace(self, **changes: Any) -> Self:
         """A validated copy with other values; ``model_copy`` would not validate."""
-        return type(self).from_dict(self.to_dict() | {k: _plain(v) for k, v in changes.items()})
+        return type(self).from_dict(self.to_dict() | {k: plain(v) for k, v in changes.items()})
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         for name, field in type(self).model_fields.items():
@@ -95,13 +95,14 @@ class Config(BaseModel):
                 yield name, getattr(self, name)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as dictionaries, lists and scalars."""
     if isinstance(value, Config):
         return value.to_dict()
     if isinstance(value, tuple | list):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
     return value
 
 
@@ -126,6 +127,27 @@ def _resolve_type(cls: type[Config], tree: dict[str, Any]) -> tuple[type[Config]
     return target, tree
 
 
+def complete(cls: type[Config], tree: Mapping[str, Any]) -> dict[str, Any]:
+    """``tree`` laid over the default of each field that it names: a part of a default is changed, the rest stays.
+
+    Another ``type`` than the default's starts from that type's own defaults.
+    """
+    done = dict(tree)
+    for name, value in tree.items():
+        field = cls.model_fields.get(name)
+        if field is not None and isinstance(value, Mapping):
+            done[name] = _tuples(_lay_over(plain(field.get_default(call_default_factory=True)), value))
+    return done
+
+
+def _lay_over(default: Any, given: Any) -> Any:
+    if not isinstance(default, dict) or not isinstance(given, Mapping):
+        return given
+    if given.get("type", default.get("type")) != default.get("type"):
+        return given
+    return default | {key: _lay_over(default.get(key), value) for key, value in given.items()}
+
+
 def config_class(annotation: Any) -> type[Config] | None:
     """The Config class that a field's annotation holds, through Annotated, Optional and tuples of one kind."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
@@ -148,22 +170,27 @@ def _unknown_keys(cls: type[Config], tree: Mapping[str, Any], path: str) -> Iter
     """Unknown keys of the whole tree with the nearest known one (pydantic's own message has no hint)."""
     try:
         target, rest = _resolve_type(cls, dict(tree))
-    except (ValueError, TypeError):
+    except ValueError:
         return  # the validator says it
-    for key, value in rest.items():
+    for key, value in complete(target, rest).items():
         where = f"{path}{key}"
         field = target.model_fields.get(key)
         if field is None:
-            near = difflib.get_close_matches(str(key), target.model_fields, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ";"
-            yield f"{where}: unknown key{hint} allowed: {', '.join(target.model_fields)}"
+            yield f"{where}: unknown key{nearest(key, target.model_fields)} allowed: {', '.join(target.model_fields)}"
         elif (inner := config_class(field.annotation)) is not None:
-            if isinstance(value, Mapping):
-                yield from _unknown_keys(inner, value, where + ".")
-            elif isinstance(value, list | tuple):
-                for i, item in enumerate(value):
-                    if isinstance(item, Mapping):
-                        yield from _unknown_keys(inner, item, f"{where}.{i}.")
+            for at, item in [("", value)] if isinstance(value, Mapping) else _numbered(value):
+                yield from _unknown_keys(inner, item, f"{where}.{at}")
+
+
+def _numbered(value: Any) -> list[tuple[str, Mapping[str, Any]]]:
+    items = value if isinstance(value, list | tuple) else ()
+    return [(f"{i}.", item) for i, item in enumerate(items) if isinstance(item, Mapping)]
+
+
+def nearest(word: Any, known: Iterable[str]) -> str:
+    """"; did you mean 'codes'?" where a known word is near, else ";"."""
+    near = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ";"
 
 
 def _messages(error: pydantic.ValidationError) -> list[str]:
@@ -174,9 +201,14 @@ def _messages(error: pydantic.ValidationError) -> list[str]:
         path = ".".join(str(p) for p in item["loc"])
         message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
         given = item.get("input")
-        shown = "" if isinstance(given, Mapping | BaseModel) or item["type"] == "missing" else f"; got {given!r}"
+        shown = "" if isinstance(given, Mapping | BaseModel) or item["type"] == "missing" else f"; got {_shown(given)}"
         lines.append(f"{path}: {message}{shown}" if path else f"{message}")
     return lines
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _dedupe(lines: list[str]) -> list[str]:
@@ -184,30 +216,46 @@ def _dedupe(lines: list[str]) -> list[str]:
 
 
 def differences(old: Config, new: Config, *, kinds: tuple[str, ...] = ("identity",), path: str = "") -> list[tuple[str, Any, Any]]:
-    """(path, old value, new value) of each field of the given classes that differs."""
+    """(path, old value, new value) of each field of the given classes ("identity", "budget", "place") that differs.
+
+    A field of class budget or place takes all that it holds along with it; inside an identity field each part has its own class.
+    """
     if type(old) is not type(new):
-        return [(f"{path}type", old.type_name, new.type_name)]
+        return [(f"{path}type", old.type_name, new.type_name)] if "identity" in kinds else []
     found: list[tuple[str, Any, Any]] = []
     for name, field in type(old).model_fields.items():
-        a, b = getattr(old, name), getattr(new, name)
-        kind = field_class(field)
-        if kind == "identity" and isinstance(a, Config) and isinstance(b, Config):
-            found += differences(a, b, kinds=kinds, path=f"{path}{name}.")
-        elif a != b and kind in kinds:
-            found.append((f"{path}{name}", _plain(a), _plain(b)))
+        found += _compare(getattr(old, name), getattr(new, name), field_class(field), kinds, f"{path}{name}")
     return found
 
 
-def walk(cls: type[Config], path: str = "") -> Iterator[tuple[str, pydantic.fields.FieldInfo, Any]]:
-    """(path, field, default as a plain tree) of every leaf below ``cls``; a typed field is walked with its default's type."""
+def _compare(old: Any, new: Any, kind: str, kinds: tuple[str, ...], path: str) -> list[tuple[str, Any, Any]]:
+    if kind == "identity" and isinstance(old, Config) and isinstance(new, Config):
+        return differences(old, new, kinds=kinds, path=f"{path}.")
+    if kind == "identity" and isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
+        parts = [_compare(a, b, kind, kinds, f"{path}.{i}") for i, (a, b) in enumerate(zip(old, new, strict=True))]
+        if any(isinstance(a, Config) for a in old):
+            return [line for part in parts for line in part]
+    return [(path, plain(old), plain(new))] if old != new and kind in kinds else []
+
+
+def walk(cls: type[Config], tree: Mapping[str, Any] | None = None, path: str = "") -> Iterator[tuple[str, pydantic.fields.FieldInfo, Any]]:
+    """(path, field, value as a plain tree) of every leaf below ``cls``: the values of ``tree``, else the defaults.
+
+    A typed field is walked with the type that ``tree`` or its default names; a required one has the value PydanticUndefined.
+    """
+    tree = complete(cls, tree or {})
     for name, field in cls.model_fields.items():
-        default = field.get_default(call_default_factory=True)
+        where = f"{path}{name}"
+        value = tree.get(name, plain(field.get_default(call_default_factory=True)))
         inner = config_class(field.annotation)
-        if isinstance(default, Config):
-            if default.type_name:
-                yield f"{path}{name}.type", field, default.type_name
-            yield from walk(type(default), f"{path}{name}.")
-        elif inner is not None and inner.registry is None and get_origin(field.annotation) is None:
-            yield from walk(inner, f"{path}{name}.")
-        else:
-            yield f"{path}{name}", field, None if default is PydanticUndefined else _plain(default)
+        required = value is PydanticUndefined and get_origin(field.annotation) is None
+        if inner is None or not (required or isinstance(value, Mapping)):
+            yield where, field, value
+            continue
+        below = dict(value) if isinstance(value, Mapping) else {}
+        if inner.registry is not None:
+            yield f"{where}.type", field, below.get("type", PydanticUndefined)
+            if below.get("type") not in inner.registry.names():
+                continue
+            inner, below = _resolve_type(inner, below)
+        yield from walk(inner, below, f"{where}.")

@@ -11,10 +11,12 @@ from torch import Tensor
 
 
 def world_size() -> int:
+    """The number of processes: 1 where torch.distributed is not initialised."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """This process among them, from 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
@@ -35,10 +37,12 @@ class Comm:
 
     @property
     def world_size(self) -> int:
+        """The number of processes."""
         return world_size()
 
     @property
     def rank(self) -> int:
+        """This process among them, from 0."""
         return rank()
 
     def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
@@ -71,6 +75,7 @@ class Comm:
         return _in_place(tensor, lambda t: dist.broadcast(t, src))
 
     def barrier(self) -> None:
+        """Waits for every rank."""
         if world_size() > 1:
             dist.barrier()
 

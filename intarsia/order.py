@@ -42,6 +42,8 @@ class Order:
 
 def share(n: int, part: int, parts: int) -> slice:
     """The contiguous range of ``n`` things that part ``part`` of ``parts`` takes; sizes differ by at most one."""
+    if n < 0 or not 0 <= part < parts:
+        raise ValueError(f"share: part {part} of {parts} of {n} things; expected 0 <= part < parts")
     small, extra = divmod(n, parts)
     start = part * small + min(part, extra)
     return slice(start, start + small + (part < extra))

@@ -31,6 +31,8 @@ def run_padded(fn: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], s
     For no rows at all, ``fn`` runs once on padding, so that shapes and dtypes are right.
     """
     n = tensors[0].shape[0]
+    if any(t.shape[0] != n for t in tensors):
+        raise ValueError(f"rows: {[t.shape[0] for t in tensors]} differ between the tensors of one batch")
     parts = [
         [out[: s.stop - s.start] for out in fn(*[pad_rows(t[s], size) for t in tensors])]
         for s in (list(padded_batches(n, size)) or [slice(0, 0)])

@@ -26,12 +26,19 @@ class Registry(Generic[T]):
         self._configs: dict[str, type[Any]] = {}
 
     def register(self, name: str, config: type[Any]) -> Callable[[type[T]], type[T]]:
-        """Class decorator: ``@QUANTIZERS.register("vq", VQConfig)``. Raises ValueError on a second use of a name."""
+        """Class decorator: ``@QUANTIZERS.register("vq", VQConfig)``.
+
+        Raises ValueError on a second use of a name or of a configuration class, and for the configuration of another registry.
+        """
 
         def add(cls: type[T]) -> type[T]:
             known = self._classes.get(name)
             if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise ValueError(f"{self.kind} {name!r} is registered twice: {known!r} and {cls!r}")
+            if getattr(config, "registry", None) is not self:
+                raise ValueError(f"{self.kind} {name!r}: {config.__name__} is no configuration of a {self.kind}")
+            if config.type_name not in (None, name):
+                raise ValueError(f"{self.kind} {name!r}: {config.__name__} already configures {config.type_name!r}")
             self._classes[name] = cls
             self._configs[name] = config
             config.type_name = name
@@ -43,11 +50,15 @@ class Registry(Generic[T]):
     def _discover(self) -> None:
         if self._discovered:
             return
-        self._discovered = True
+        self._discovered = True  # first, as the modules look things up while they are imported
         assert self._package is not None
-        package = importlib.import_module(self._package)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self._package}.{module.name}")
+        try:
+            package = importlib.import_module(self._package)
+            for module in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{self._package}.{module.name}")
+        except BaseException:
+            self._discovered = False  # half a registry must not pass for a whole one
+            raise
 
     def names(self) -> list[str]:
         self._discover()
@@ -55,7 +66,7 @@ class Registry(Generic[T]):
 
     def _look_up(self, table: dict[str, V], name: str) -> V:
         self._discover()
-        if name not in table:
+        if not isinstance(name, str) or name not in table:
             near = difflib.get_close_matches(str(name), table, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ";"
             raise ValueError(f"unknown {self.kind} {name!r}{hint} known: {', '.join(self.names())}")

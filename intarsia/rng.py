@@ -51,15 +51,16 @@ def _root(seed: int, purpose: str, step: int) -> int:
 
 
 def bits(seed: int, purpose: str, sample: Tensor | int, level: Tensor | int = 0, position: Tensor | int = 0, step: int = 0) -> Tensor:
-    """64 random bits for each element of the broadcast of ``sample``, ``level`` and ``position`` (int64)."""
-    state: Tensor | None = None
-    for key in (sample, level, position):
+    """64 random bits for each element of the broadcast of ``sample``, ``level`` and ``position`` (int64, on one device)."""
+    keys = []
+    for name, key in (("sample", sample), ("level", level), ("position", position)):
         key = torch.as_tensor(key, dtype=torch.int64) if isinstance(key, int) else key
-        if state is None:
-            state = _mix(key ^ _signed(_root(seed, purpose, step)))
-        else:
-            state = _mix(state ^ key.to(state.device))
-    assert state is not None
+        if key.dtype != torch.int64:
+            raise ValueError(f"{name}: dtype {key.dtype}; expected torch.int64")
+        keys.append(key)
+    state = _mix(keys[0] ^ _signed(_root(seed, purpose, step)))
+    for key in keys[1:]:
+        state = _mix(state ^ key)  # a number lies on the CPU and mixes with tensors of any device without a copy
     return state
 
 
@@ -78,6 +79,8 @@ def uniform(
         sample, level, position: int64 tensors or integers; the result has their broadcast shape.
         dtype: float32 (2^23 values) or float64 (2^52 values); both ends are excluded.
     """
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype: {dtype}; expected torch.float32 or torch.float64 (half precision would round to 1)")
     mantissa = 52 if dtype == torch.float64 else 23
     return (_shift(bits(seed, purpose, sample, level, position, step), 64 - mantissa).to(dtype) + 0.5) * 2.0**-mantissa
 

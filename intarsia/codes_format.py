@@ -1,0 +1,281 @@
+"""The format ``codes/1``: what ``codes.json`` says, how a shard is laid out, and how one is read without trust.
+
+A folder holds ``<split>/00000.parquet`` and so on, and ``codes.json``, which is written last: without it a dump is
+incomplete. Row r of a split with n samples is sample ``r % n`` of view ``r // n``; shard s holds the rows from
+``s * shard_rows``. Columns: ``codes_0``, ``codes_1``, ... (fixed-length lists, row-major, of the smallest unsigned type
+that holds vocab - 1), ``index``, ``view``, and ``label`` and ``caption`` where the split has them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from intarsia.config import Config, ConfigError
+from intarsia.files import read_json
+from intarsia.specs import CodesSpec, LevelSpec, SignalSpec
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FORMAT = "codes/1"
+MANIFEST = "codes.json"
+MAX_MANIFEST = 1 << 26
+
+
+class CodesError(ValueError):
+    """A set of codes is incomplete, damaged or of another tokenizer; one line that names the file and both values."""
+
+
+class LevelEntry(Config):
+    """One map of codes (LevelSpec)."""
+
+    name: str
+    vocab: int
+    shape: tuple[int, ...]
+    factors: tuple[int, ...]
+
+
+class SignalEntry(Config):
+    """The geometry of the signals (SignalSpec)."""
+
+    kind: str
+    channels: int
+    shape: tuple[int, ...]
+    rate: float | None
+
+
+class TokenizerEntry(Config):
+    """Who made the codes."""
+
+    type: str
+    fingerprint: str
+
+
+class ClassEntry(Config):
+    """A class and the number of its samples in the training split (views not counted)."""
+
+    name: str
+    count: int
+
+
+class ShardEntry(Config):
+    """A file of the set."""
+
+    file: str
+    rows: int
+    sha256: str
+
+
+class SplitEntry(Config):
+    """A split: ``samples * views`` rows; for each level the number of codes that occur and their perplexity."""
+
+    name: str
+    samples: int
+    views: int
+    labelled: bool
+    captioned: bool
+    usage: tuple[int, ...]
+    perplexity: tuple[float, ...]
+    shards: tuple[ShardEntry, ...]
+
+
+class Manifest(Config):
+    """``codes.json``."""
+
+    format: str
+    levels: tuple[LevelEntry, ...]
+    signal: SignalEntry
+    tokenizer: TokenizerEntry
+    classes: tuple[ClassEntry, ...]
+    data: dict[str, Any]
+    shard_rows: int
+    splits: tuple[SplitEntry, ...]
+    text: None
+
+    @property
+    def level_specs(self) -> tuple[LevelSpec, ...]:
+        return tuple(LevelSpec.from_dict(level.to_dict()) for level in self.levels)
+
+    @property
+    def spec(self) -> CodesSpec:
+        """What a prior is told."""
+        names, counts = tuple(c.name for c in self.classes), tuple(c.count for c in self.classes)
+        return CodesSpec(self.level_specs, self.tokenizer.fingerprint, names, counts)
+
+    @property
+    def signal_spec(self) -> SignalSpec:
+        return SignalSpec.from_dict(self.signal.to_dict())
+
+    def split(self, name: str) -> SplitEntry:
+        """Raises CodesError with the known names."""
+        for entry in self.splits:
+            if entry.name == name:
+                return entry
+        raise CodesError(f"split: {name!r} is none of {', '.join(s.name for s in self.splits)}")
+
+
+@dataclass(frozen=True)
+class ShardRange:
+    """Shard ``number`` of a split: the rows [start, stop)."""
+
+    split: str
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.split}/{self.number:05d}.parquet"
+
+    def rows(self, samples: int) -> tuple[np.ndarray, np.ndarray]:
+        """(index, view) of its rows, each int64."""
+        rows = np.arange(self.start, self.stop)
+        return rows % samples, rows // samples
+
+
+def shard_ranges(split: str, rows: int, shard_rows: int) -> list[ShardRange]:
+    return [ShardRange(split, i, start, min(start + shard_rows, rows)) for i, start in enumerate(range(0, rows, shard_rows))]
+
+
+@dataclass(frozen=True)
+class ShardRows:
+    """What a shard holds: codes (rows, positions) unsigned for each level; index, view and label (rows,) int64."""
+
+    codes: list[np.ndarray]
+    index: np.ndarray
+    view: np.ndarray
+    label: np.ndarray | None
+    caption: list[str] | None
+
+
+def code_dtype(vocab: int) -> np.dtype[Any]:
+    """The smallest unsigned type that holds ``vocab - 1``."""
+    return np.min_scalar_type(vocab - 1)
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The checked ``codes.json``. Raises CodesError: missing (an incomplete dump), damaged, of a newer format."""
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise CodesError(f"codes: {str(folder)!r} is no folder")
+    if not path.is_file():
+        raise CodesError(f"{path}: is missing: the dump of codes is incomplete; run the same encode command again to complete it")
+    tree = read_json(path, CodesError, MAX_MANIFEST)
+    found = tree.get("format") if isinstance(tree, dict) else None
+    if found != FORMAT:
+        raise CodesError(f"{path}: format {found!r}; this version of intarsia reads {FORMAT!r}")
+    try:
+        manifest = Manifest.from_dict(tree)
+        _ = (manifest.spec, manifest.signal_spec)
+    except ConfigError as error:
+        raise CodesError("; ".join(f"{path}: {line}" for line in error.errors)) from None
+    except ValueError as error:
+        raise CodesError(f"{path}: {error}") from None
+    if manifest.shard_rows < 1:
+        raise CodesError(f"{path}: shard_rows {manifest.shard_rows} must be positive")
+    for split in manifest.splits:
+        expected = [(s.file, s.stop - s.start) for s in shard_ranges(split.name, split.samples * split.views, manifest.shard_rows)]
+        if [(s.file, s.rows) for s in split.shards] != expected:
+            raise CodesError(
+                f"{path}: split {split.name!r} lists {len(split.shards)} shards of {sum(s.rows for s in split.shards)} rows; "
+                f"expected {len(expected)} of {split.samples * split.views}"
+            )
+    return manifest
+
+
+def write_table(rows: ShardRows, levels: Sequence[LevelSpec]) -> bytes:
+    """The bytes of a shard: one row group, no compression beyond parquet's dictionaries, which pack a code into log2 K bits."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns: dict[str, Any] = {}
+    for i, (level, codes) in enumerate(zip(levels, rows.codes, strict=True)):
+        flat = pa.array(codes.astype(code_dtype(level.vocab), copy=False).reshape(-1))
+        columns[f"codes_{i}"] = pa.FixedSizeListArray.from_arrays(flat, level.positions)
+    packed = [f"codes_{i}.list.element" for i in range(len(levels))] + ["view"]
+    columns |= {"index": pa.array(rows.index), "view": pa.array(rows.view)}
+    if rows.label is not None:
+        columns["label"] = pa.array(rows.label)
+        packed.append("label")
+    if rows.caption is not None:
+        columns["caption"] = pa.array(rows.caption, pa.string())
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink, row_group_size=max(1, len(rows.index)), compression="none", use_dictionary=packed)
+    return sink.getvalue()
+
+
+def read_shard(path: Path, entry: ShardEntry, levels: Sequence[LevelSpec], split: SplitEntry, classes: int) -> ShardRows:
+    """The rows of a shard, all checked. Raises CodesError: missing, sha256, columns, dtypes, rows, ranges.
+
+    The bytes are read once: what is hashed is what is parsed, and a file that changes later changes nothing.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise CodesError(f"{path}: the shard is missing; {MANIFEST} lists it with {entry.rows} rows") from None
+    found = hashlib.sha256(content).hexdigest()
+    if found != entry.sha256:
+        raise CodesError(f"{path}: sha256 {found}; {MANIFEST} says {entry.sha256}")
+    try:
+        table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise CodesError(f"{path}: no readable parquet file: {str(error).splitlines()[0]}") from None
+    if table.num_rows != entry.rows:
+        raise CodesError(f"{path}: {table.num_rows} rows; {MANIFEST} says {entry.rows}")
+    wanted = {f"codes_{i}" for i in range(len(levels))} | {"index", "view"}
+    wanted |= {name for name, there in (("label", split.labelled), ("caption", split.captioned)) if there}
+    if set(table.column_names) != wanted:
+        raise CodesError(f"{path}: columns {sorted(table.column_names)}; expected {sorted(wanted)}")
+    for name in table.column_names:
+        if table[name].null_count:
+            raise CodesError(f"{path}: column {name!r} has {table[name].null_count} missing values; expected none")
+    codes = [_codes(table[f"codes_{i}"], level, f"{path}: codes_{i}") for i, level in enumerate(levels)]
+    index = _integers(table, "index", path, split.samples)
+    view = _integers(table, "view", path, split.views)
+    label = _integers(table, "label", path, classes) if split.labelled else None
+    return ShardRows(codes, index, view, label, table["caption"].to_pylist() if split.captioned else None)
+
+
+def _codes(column: pa.ChunkedArray, level: LevelSpec, where: str) -> np.ndarray:
+    import pyarrow as pa
+
+    wanted = pa.from_numpy_dtype(code_dtype(level.vocab))
+    kind = column.type
+    if not pa.types.is_fixed_size_list(kind) or kind.list_size != level.positions:
+        raise CodesError(f"{where}: {kind}; level {level.name!r} has a grid of {level.shape}, expected lists of {level.positions}")
+    flat = column.combine_chunks().flatten()
+    if kind.value_type != wanted:
+        small = pa.types.is_unsigned_integer(kind.value_type) and kind.value_type.bit_width < wanted.bit_width
+        why = f", which is too small for vocab {level.vocab}" if small else ""
+        if pa.types.is_signed_integer(kind.value_type) and len(flat) and (low := int(flat.to_numpy().min())) < 0:
+            why = f" and holds {low}"
+        raise CodesError(f"{where}: dtype {kind.value_type}{why}; level {level.name!r} needs {wanted}")
+    values: np.ndarray = flat.to_numpy().reshape(-1, level.positions)
+    if len(flat) and (high := int(values.max())) >= level.vocab:
+        row = int((values >= level.vocab).any(1).argmax())
+        raise CodesError(f"{where}: row {row} holds {high}; level {level.name!r} allows [0, {level.vocab - 1}]")
+    return values
+
+
+def _integers(table: pa.Table, name: str, path: Path, limit: int) -> np.ndarray:
+    import pyarrow as pa
+
+    if table[name].type != pa.int64():
+        raise CodesError(f"{path}: column {name!r} is {table[name].type}; expected int64")
+    values: np.ndarray = table[name].to_numpy()
+    bad = (values < 0) | (values >= limit)
+    if bad.any():
+        row = int(bad.argmax())
+        raise CodesError(f"{path}: {name} {int(values[row])} in row {row}; expected [0, {limit - 1}]")
+    return values

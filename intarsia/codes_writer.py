@@ -1,0 +1,288 @@
+"""Writing codes (``codes/1``): by any number of processes, byte-identical, and resumable after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from intarsia.codes_format import (
+    FORMAT,
+    MANIFEST,
+    CodesError,
+    Manifest,
+    ShardEntry,
+    ShardRange,
+    ShardRows,
+    SplitEntry,
+    read_manifest,
+    read_shard,
+    shard_ranges,
+    write_table,
+)
+from intarsia.distributed import Comm, comm
+from intarsia.files import json_bytes, read_json, write_atomic
+from intarsia.lock import RunLock
+from intarsia.specs import LevelSpec, SignalSpec, to_plain
+
+WORK, PLAN, FACTS = ".dump", "plan.json", ".facts.json"  # while a dump runs: its plan, and what each shard that is done holds
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """What a split will hold: ``samples * views`` rows."""
+
+    samples: int
+    views: int = 1
+    labelled: bool = False
+    captioned: bool = False
+
+
+class CodesWriter:
+    """Writes the shards of a set of codes; every rank makes one and writes those that ``mine`` deals to it.
+
+    A shard is a fixed range of rows and one file, so the number of ranks changes no byte. A killed dump is resumed by
+    making the same writer again: shards that are done, of the same plan and whole, are kept; those of another plan are removed.
+
+    Args:
+        folder: made where missing; must be empty, or hold a dump.
+        levels, signal: of the tokenizer.
+        tokenizer: {"type", "fingerprint"}.
+        classes: names; empty where unlabelled.
+        data: what the source says of itself and its transform: a plain tree without anything that differs between two runs.
+        splits: by name.
+        shard_rows: rows per file.
+
+    Attributes:
+        complete: the folder already holds this very dump: nothing is left to write.
+
+    Raises:
+        CodesError: a bad argument, a complete dump of another tokenizer or other data, or a folder of something else.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        levels: Sequence[LevelSpec],
+        *,
+        signal: SignalSpec,
+        tokenizer: Mapping[str, str],
+        splits: Mapping[str, SplitPlan],
+        classes: Sequence[str] = (),
+        data: Mapping[str, Any] | None = None,
+        shard_rows: int = 4096,
+        comm: Comm = comm,
+    ) -> None:
+        if shard_rows < 1:
+            raise CodesError(f"shard_rows: {shard_rows} must be positive")
+        if not splits:
+            raise CodesError("splits: there must be at least one")
+        for name, plan in splits.items():
+            if not name.isidentifier():
+                raise CodesError(f"splits: {name!r} is no name such as 'train'")
+            if plan.samples < 1 or plan.views < 1:
+                raise CodesError(f"split {name!r}: {plan.samples} samples in {plan.views} views; both must be positive")
+            if plan.labelled and not classes:
+                raise CodesError(f"split {name!r}: is labelled, but there are no classes")
+        self.folder, self.levels, self.splits, self.comm = Path(folder), tuple(levels), dict(splits), comm
+        self.classes = tuple(classes)
+        self._shards = [s for name, p in splits.items() for s in shard_ranges(name, p.samples * p.views, shard_rows)]
+        self.plan = json.loads(
+            json_bytes(
+                {
+                    "format": FORMAT,
+                    "levels": [to_plain(level) for level in levels],
+                    "signal": to_plain(signal),
+                    "tokenizer": dict(tokenizer),
+                    "classes": list(classes),
+                    "data": dict(data or {}),
+                    "shard_rows": shard_rows,
+                    "splits": {name: to_plain(plan) for name, plan in splits.items()},
+                }
+            )
+        )
+        self._lock: RunLock | None = None
+        self.complete = self._is_complete()
+        comm.barrier()  # all have looked before one changes anything
+        if comm.rank == 0 and not self.complete:
+            self._prepare()
+        comm.barrier()
+
+    # Before ----------------------------------------------------------------------------------------------------
+    def _is_complete(self) -> bool:
+        """True where this very dump is there; an error where another is."""
+        if (self.folder / MANIFEST).exists():
+            difference = _difference(_plan_of(read_manifest(self.folder)), self.plan)
+            if difference:
+                path, there, here = difference
+                what = "another tokenizer" if path == "tokenizer.fingerprint" else "something else"
+                raise CodesError(f"out: {self.folder} holds a complete dump of {what}: {path} is {there!r} there and {here!r} here")
+            return True
+        if self.folder.exists() and not self.folder.is_dir():
+            raise CodesError(f"out: {self.folder} is a file; expected a folder")
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / WORK).is_dir():
+            raise CodesError(f"out: {self.folder} is not empty and holds no dump of codes; choose another folder")
+        return False
+
+    def _prepare(self) -> None:
+        work = self.folder / WORK
+        work.mkdir(parents=True, exist_ok=True)
+        self._lock = RunLock(work)
+        weakref.finalize(self, self._lock.release)  # where a dump is given up without close
+        for left in self.folder.rglob(".tmp-*"):
+            left.unlink()
+        try:
+            old = read_json(work / PLAN, CodesError)
+        except (CodesError, FileNotFoundError):
+            old = None  # a new dump, or one that was killed before its plan was whole: there is nothing to keep
+        if old != self.plan:
+            older = old.get("splits") if isinstance(old, dict) else None
+            for name in {*self.splits, *(older if isinstance(older, dict) else ())}:
+                if name.isidentifier() and (self.folder / name).is_dir():
+                    shutil.rmtree(self.folder / name)
+            for facts in work.glob(f"*{FACTS}"):
+                facts.unlink()
+            write_atomic(work / PLAN, json_bytes(self.plan))
+        for name in self.splits:
+            (self.folder / name).mkdir(exist_ok=True)
+
+    # Shards ----------------------------------------------------------------------------------------------------
+    def mine(self) -> list[ShardRange]:
+        """The shards that this rank has to write: dealt round-robin, less those that an earlier, killed dump left whole."""
+        if self.complete:
+            return []
+        return [s for s in self._shards[self.comm.rank :: self.comm.world_size] if self._facts(s) is None]
+
+    def _facts_path(self, shard: ShardRange) -> Path:
+        return self.folder / WORK / f"{shard.split}-{shard.number:05d}{FACTS}"
+
+    def _facts(self, shard: ShardRange) -> ShardEntry | None:
+        """The facts of a shard that is written and whole."""
+        path = self._facts_path(shard)
+        if not path.exists() or not (self.folder / shard.file).exists():
+            return None
+        try:
+            entry = ShardEntry.from_dict(read_json(path, CodesError))
+        except ValueError:
+            return None  # damaged: the shard is written again
+        found = hashlib.sha256((self.folder / shard.file).read_bytes()).hexdigest()
+        return entry if found == entry.sha256 and entry.file == shard.file and entry.rows == shard.stop - shard.start else None
+
+    def write_shard(
+        self, shard: ShardRange, codes: Sequence[Tensor], label: Tensor | None = None, caption: Sequence[str] | None = None
+    ) -> None:
+        """Writes one shard, whole or not at all.
+
+        Args:
+            codes: for each level an integer tensor (rows, *grid) in [0, vocab), in order of the shard's rows.
+            label: (rows,) integers in [0, classes) where the split is labelled.
+            caption: one text per row where the split has them.
+
+        Raises:
+            CodesError: a wrong shape or dtype, a code or label out of range.
+        """
+        plan = self.splits[shard.split]
+        rows = shard.stop - shard.start
+        if len(codes) != len(self.levels):
+            raise CodesError(f"{shard.file}: codes of {len(codes)} levels; expected {len(self.levels)}")
+        arrays = [
+            _array(c, (rows, *level.shape), level.vocab, f"{shard.file}: level {level.name!r}")
+            for level, c in zip(self.levels, codes, strict=True)
+        ]
+        for name, given, planned in (("label", label, plan.labelled), ("caption", caption, plan.captioned)):
+            if (given is not None) != planned:
+                raise CodesError(f"{shard.file}: {name} is {'missing' if planned else 'given, but was not planned'}")
+        if caption is not None and len(caption) != rows:
+            raise CodesError(f"{shard.file}: {len(caption)} captions; expected {rows}")
+        labels = None if label is None else _array(label, (rows,), len(self.classes), f"{shard.file}: label").astype(np.int64)
+        content = write_table(ShardRows(arrays, *shard.rows(plan.samples), labels, None if caption is None else list(caption)), self.levels)
+        write_atomic(self.folder / shard.file, content)
+        facts = ShardEntry(file=shard.file, rows=rows, sha256=hashlib.sha256(content).hexdigest())
+        write_atomic(self._facts_path(shard), json_bytes(facts.to_dict()))
+
+    # After -----------------------------------------------------------------------------------------------------
+    def close(self) -> Manifest:
+        """Waits for all ranks; the first reads every shard once more, counts, and writes ``codes.json``. Returns the manifest.
+
+        Raises CodesError where a shard was not written.
+        """
+        self.comm.barrier()
+        if self.comm.rank == 0:
+            if not self.complete:
+                write_atomic(self.folder / MANIFEST, json_bytes(self._manifest().to_dict()))
+            shutil.rmtree(self.folder / WORK, ignore_errors=True)  # also what a dump that was killed right here left
+            if self._lock is not None:
+                self._lock.release()
+        self.comm.barrier()
+        return read_manifest(self.folder)
+
+    def _manifest(self) -> Manifest:
+        class_counts = np.zeros(len(self.classes), np.int64)
+        splits = []
+        for name, plan in self.splits.items():
+            entries = []
+            counts = [np.zeros(level.vocab, np.int64) for level in self.levels]
+            bare = SplitEntry(name=name, **to_plain(plan), usage=(), perplexity=(), shards=())
+            for shard in (s for s in self._shards if s.split == name):
+                if not self._facts_path(shard).exists():
+                    raise CodesError(f"{self.folder / shard.file}: the shard was not written")
+                entry = ShardEntry.from_dict(read_json(self._facts_path(shard), CodesError))
+                rows = read_shard(self.folder / shard.file, entry, self.levels, bare, len(self.classes))
+                index, view = shard.rows(plan.samples)
+                if not (np.array_equal(rows.index, index) and np.array_equal(rows.view, view)):
+                    raise CodesError(f"{self.folder / shard.file}: holds other rows than {shard.start} to {shard.stop - 1}")
+                for total, codes in zip(counts, rows.codes, strict=True):
+                    total += np.bincount(codes.reshape(-1), minlength=len(total))
+                if name == "train" and rows.label is not None:
+                    class_counts += np.bincount(rows.label[rows.view == 0], minlength=len(class_counts))
+                entries.append(entry.to_dict())
+            usage = [int((c > 0).sum()) for c in counts]
+            splits.append(bare.to_dict() | {"usage": usage, "perplexity": [_perplexity(c) for c in counts], "shards": entries})
+        classes = [{"name": name, "count": int(count)} for name, count in zip(self.classes, class_counts, strict=True)]
+        return Manifest.from_dict(self.plan | {"classes": classes, "splits": splits, "text": None})
+
+
+def _plan_of(manifest: Manifest) -> dict[str, Any]:
+    """The plan that a manifest fulfils."""
+    tree = manifest.to_dict()
+    del tree["text"]
+    splits = {s.name: to_plain(SplitPlan(s.samples, s.views, s.labelled, s.captioned)) for s in manifest.splits}
+    return tree | {"classes": [c.name for c in manifest.classes], "splits": splits}
+
+
+def _difference(there: Any, here: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """(path, value, value) of the first difference between two plain trees: the tokenizer's fingerprint first, then sizes."""
+    first = ["tokenizer", "fingerprint", "splits", "shard_rows"]
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in sorted(there.keys() | here.keys(), key=lambda k: (first.index(k) if k in first else len(first), k)):
+            if found := _difference(there.get(key), here.get(key), f"{path}.{key}" if path else key):
+                return found
+        return None
+    return None if there == here else (path, there, here)
+
+
+def _perplexity(counts: np.ndarray) -> float:
+    """exp of the entropy of the frequencies, to six digits."""
+    p = counts[counts > 0] / counts.sum()
+    return float(f"{np.exp(-(p * np.log(p)).sum()):.6g}")
+
+
+def _array(values: Tensor, shape: tuple[int, ...], limit: int, where: str) -> np.ndarray:
+    """Integers of that shape in [0, limit) as a numpy array (rows, everything else)."""
+    if tuple(values.shape) != shape:
+        raise CodesError(f"{where}: shape {tuple(values.shape)}; expected {shape}")
+    if values.is_floating_point() or values.is_complex():
+        raise CodesError(f"{where}: dtype {values.dtype}; expected integers")
+    array: np.ndarray = values.detach().cpu().numpy()
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= limit:
+        raise CodesError(f"{where}: values in [{low}, {high}]; expected [0, {limit - 1}]")
+    return array.reshape(shape[0], -1) if len(shape) > 1 else array

@@ -1,0 +1,93 @@
+"""Files that are whole or absent: written under a temporary name, fsynced, renamed, with the folder fsynced after."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+MAX_JSON = 1 << 20
+
+
+def fsync_path(path: Path) -> None:
+    """Forces a file's bytes, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class DiskFullError(OSError):
+    """There is no room for a file; the message holds its path, the bytes needed (where known) and those free."""
+
+    def __init__(self, path: Path, cause: OSError, needed: int | None = None) -> None:
+        want = "" if needed is None else f"{needed} bytes are needed, "
+        self.text = f"{path}: {os.strerror(cause.errno or errno.ENOSPC)}: {want}{shutil.disk_usage(path.parent).free} are free"
+        super().__init__(cause.errno or errno.ENOSPC, self.text)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@contextlib.contextmanager
+def atomic(path: Path, needed: int | None = None) -> Iterator[Path]:
+    """A temporary path beside ``path``; what was written there becomes ``path`` at the end, and is removed after an error.
+
+    Raises OSError; DiskFullError, which says how many bytes were ``needed``, where the disk is full.
+    """
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        fsync_path(temporary)
+        os.replace(temporary, path)
+        fsync_path(path.parent)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        raise DiskFullError(path, error, needed) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes ``content`` to ``path``, whole or not at all."""
+    with atomic(path, len(content)) as temporary:
+        temporary.write_bytes(content)
+
+
+def json_bytes(tree: Any) -> bytes:
+    """The one JSON text of a tree: indented, in its own order, without NaN."""
+    return (json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def read_json(path: Path, error: Callable[[str], Exception], max_bytes: int = MAX_JSON) -> Any:
+    """The tree in a JSON file: at most ``max_bytes``, no duplicate keys, no NaN or infinity.
+
+    Args:
+        error: makes the exception that is raised from a one-line message.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        tree = dict(pairs)
+        if len(tree) != len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice")
+        return tree
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is no number that may stand here")
+
+    with path.open("rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise error(f"{path}: {path.stat().st_size} bytes; at most {max_bytes} are read")
+    try:
+        return json.loads(content.decode(), object_pairs_hook=once, parse_constant=refuse)
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{path}: no valid JSON: {str(cause).splitlines()[0]}") from None

@@ -158,15 +158,9 @@ class VQ(Quantizer):
         """Adds a micro-batch to the statistics of the step; a micro-batch with a NaN adds nothing but the flag."""
         if self.slots and rng is None:
             raise ValueError("rng: a StepRng is needed in training while restart > 0")
-        pending, k = self._pending, self.config.codes
-        if not pending:
-            pending["finite"] = torch.ones((), dtype=torch.bool, device=rows.device)
-            pending["counts"] = rows.new_zeros(k, dtype=self.counts.dtype)
-            if self.config.update == "ema":
-                pending["sums"] = torch.zeros_like(self.sums)
-            if self.slots:
-                pending["key"] = torch.full((self.slots,), _NONE, dtype=torch.int64, device=rows.device)
-                pending["candidate"] = self.codebook.detach()[: self.slots].clone()
+        if not self._pending:
+            self._pending = self._nothing()
+        pending = self._pending
         safe = torch.where(finite, rows, rows.new_zeros(())).to(self.counts.dtype)
         pending["finite"] &= finite
         pending["counts"].index_add_(0, codes, finite.to(self.counts.dtype).expand(codes.shape[0]))
@@ -184,6 +178,16 @@ class VQ(Quantizer):
             better = best < pending["key"]
             pending["key"] = torch.where(better, best, pending["key"])
             pending["candidate"] = torch.where(better[:, None], candidate, pending["candidate"])
+
+    def _nothing(self) -> dict[str, Tensor]:
+        """The statistics of a step before its first sample."""
+        pending = {"finite": torch.ones((), dtype=torch.bool, device=self.counts.device), "counts": torch.zeros_like(self.counts)}
+        if self.config.update == "ema":
+            pending["sums"] = torch.zeros_like(self.sums)
+        if self.slots:
+            pending["key"] = torch.full((self.slots,), _NONE, dtype=torch.int64, device=self.counts.device)
+            pending["candidate"] = self.codebook.detach()[: self.slots].clone()
+        return pending
 
     def finite(self) -> Tensor:
         return self._pending["finite"] if self._pending else torch.ones((), dtype=torch.bool, device=self.counts.device)
@@ -229,9 +233,9 @@ class VQ(Quantizer):
 
     def _reduce(self, comm: Comm) -> dict[str, Tensor]:
         """The statistics of all ranks; a restart slot is filled by the rank whose sample has the least key."""
-        pending = dict(self._pending)
-        if not pending:
+        if not self._pending and comm.world_size == 1:
             raise RuntimeError("update: no forward in training mode since the last update")
+        pending = dict(self._pending) or self._nothing()  # of several ranks, one may have had no sample
         names = ["counts"] + (["sums"] if self.config.update == "ema" else [])
         if comm.world_size > 1:
             if self.slots:

@@ -1,0 +1,35 @@
+"""Runs to one pipeline folder: ``python -m pipelines.assemble --tokenizer runs/tok --priors runs/top,runs/bottom --out DIR``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from intarsia.cli import parse, run_main
+from intarsia.config import Config, Place
+from pipelines.two_stage import TwoStagePipeline
+
+PROGRAM = "python -m pipelines.assemble"
+
+
+class AssembleConfig(Config):
+    """Puts a tokenizer and the priors over its codes into one folder, which loads from disk or from the Hub."""
+
+    tokenizer: Place[Annotated[str, Field(min_length=1)]]
+    """A run folder, the folder of a release, or a Hub id."""
+    priors: Place[Annotated[str, Field(min_length=1)]]
+    """Likewise; several joined by commas, coarse to fine."""
+    out: Place[Annotated[str, Field(min_length=1)]]
+    """The folder of the pipeline."""
+
+
+def main() -> None:
+    config, _ = parse(AssembleConfig, program=PROGRAM)
+    pipeline = TwoStagePipeline.from_runs(config.tokenizer, [path.strip() for path in config.priors.split(",")])
+    pipeline.save_pretrained(config.out)
+    print(f"{pipeline} -> {config.out}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,104 @@
+"""Intervals by the bootstrap (Efron 1979), seeded: the same figures always come with the same intervals.
+
+A statistic such as a Frechet distance is biased upwards at finite n, and a resampled set has that bias once more. The
+replicates are therefore centred on the estimate: an interval says how far the figure would move with another draw of
+equally many samples; it does not correct the figure itself for its sample size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from intarsia.rng import uniform
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its interval of level 0.95."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+    def __format__(self, spec: str) -> str:
+        spec = spec or ".4g"
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+
+@dataclass(frozen=True)
+class Strata:
+    """Rows grouped by class, to draw rows of a given class at random.
+
+    Attributes:
+        order: (n,) int64, the rows sorted by class.
+        start, size: (classes,) int64, where a class begins in ``order`` and how many rows it has.
+    """
+
+    order: Tensor
+    start: Tensor
+    size: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor | None, n: int, classes: int | None = None) -> Strata:
+        """labels: (n,) int64 in [0, classes), or None for one class of all rows."""
+        if labels is None:
+            return cls(torch.arange(n), torch.tensor([0]), torch.tensor([n]))
+        if labels.shape != (n,):
+            raise ValueError(f"labels: shape {tuple(labels.shape)}; expected ({n},)")
+        size = torch.bincount(labels, minlength=classes or 0)
+        return cls(torch.argsort(labels, stable=True), size.cumsum(0) - size, size)
+
+    def pick(self, labels: Tensor, u: Tensor) -> Tensor:
+        """The row that each uniform draw ``u`` in (0, 1), float64, picks among those of class ``labels``; int64 of the broadcast shape."""
+        size = self.size[labels]
+        if bool((size == 0).any()):
+            empty = int(labels.broadcast_to(size.shape)[size == 0][0])
+            raise ValueError(f"labels: class {empty} has no rows to draw from")
+        return self.order[self.start[labels] + torch.minimum((u * size).long(), size - 1)]
+
+
+def draw_counts(n: int, replicate: int, seed: int, name: str, labels: Tensor | None = None) -> Tensor:
+    """(n,) float64: how often each of ``n`` rows occurs in one resampled set of n rows.
+
+    With ``labels`` (n,) each class keeps its number of rows, as in a set that was balanced on purpose.
+    """
+    strata = Strata.of(labels, n)
+    u = uniform(seed, f"bootstrap/{name}", torch.arange(n), step=replicate, dtype=torch.float64)
+    rows = strata.pick(torch.zeros(n, dtype=torch.int64) if labels is None else labels, u)
+    return torch.bincount(rows, minlength=n).double()
+
+
+def interval(value: float, replicates: Tensor) -> Estimate:
+    """``replicates`` (B,): the statistic on resampled sets, centred on ``value`` (see the module's text)."""
+    centred = replicates.double() - replicates.double().mean() + value
+    low, high = torch.quantile(centred, torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)).tolist()
+    return Estimate(value, low, high)
+
+
+def mean_estimate(values: Tensor, replicates: int, seed: int, name: str, labels: Tensor | None = None) -> Estimate:
+    """The mean of (n,) ``values`` (booleans give a share)."""
+    v = values.double().cpu()
+    draws = torch.stack([draw_counts(v.numel(), b, seed, name, labels) @ v for b in range(replicates)]) / v.numel()
+    return interval(v.mean().item(), draws)
+
+
+def ratio_of_means(a: Tensor, b: Tensor, replicates: int, seed: int, names: tuple[str, str]) -> Estimate:
+    """mean(a) / mean(b) of two independent sets (n_a,) and (n_b,); nan or inf where mean(b) is 0."""
+    a, b = a.double().cpu(), b.double().cpu()
+    draws = [resampled(a, r, seed, names[0]).mean() / resampled(b, r, seed, names[1]).mean() for r in range(replicates)]
+    return interval((a.mean() / b.mean()).item(), torch.stack(draws))
+
+
+def resampled(values: Tensor, replicate: int, seed: int, name: str) -> Tensor:
+    """(n,): one resampled set of ``values`` (n,)."""
+    n = values.shape[0]
+    u = uniform(seed, f"bootstrap/{name}", torch.arange(n), step=replicate, dtype=torch.float64)
+    return values[(u * n).long().clamp(max=n - 1)]

@@ -1,0 +1,132 @@
+"""Sets of images as the figures need them: features, predicted classes, small pixel vectors; never all images at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from intarsia.rng import permutation
+from pipelines.evaluation.distances import FeatureSet
+from pipelines.evaluation.features import FeatureModel
+from pipelines.evaluation.memorisation import pixel_vectors
+from stage1_tokenizer.data.base import Split
+from stage1_tokenizer.metrics import unit
+
+BATCH = 256  # images at once; no figure depends on it
+
+Labelled = tuple[Tensor, Tensor | None]  # images (b, C, H, W) in [0, 1], labels (b,) int64
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """What is kept of n images.
+
+    Attributes:
+        name: as it stands in the figures.
+        features: (n, F) float32.
+        predicted: (n,) int64, the classes that the feature model sees.
+        labels: (n,) int64, the true classes or those asked for; None where there are none.
+        pixels: (n, D) float32, see ``pixel_vectors``; None where not asked for.
+        images: (m, C, H, W) uint8, the first m images; None where not asked for.
+        balanced: the number of images per class was fixed, and resampling keeps it.
+    """
+
+    name: str
+    features: Tensor
+    predicted: Tensor
+    labels: Tensor | None
+    pixels: Tensor | None = None
+    images: Tensor | None = None
+    balanced: bool = False
+
+    def __len__(self) -> int:
+        return self.features.shape[0]
+
+    def feature_set(self) -> FeatureSet:
+        return FeatureSet(self.name, self.features, self.labels if self.balanced else None)
+
+    def right(self) -> Tensor:
+        """(n,) bool: the feature model sees the class that the image should have."""
+        if self.labels is None:
+            raise ValueError(f"{self.name}: these images have no labels")
+        return self.predicted == self.labels
+
+
+def measure(
+    name: str, batches: Iterable[Labelled], model: FeatureModel, *, pixels: bool = False, images: int = 0, balanced: bool = False
+) -> ImageSet:
+    """Runs the feature model over ``batches``, and keeps pixel vectors and the first ``images`` images; all results on the CPU."""
+    features, predicted, labels = list[Tensor](), list[Tensor](), list[Tensor]()
+    vectors, kept = list[Tensor](), list[Tensor]()
+    for x, label in batches:
+        f, p = model(x)
+        features.append(f.cpu())
+        predicted.append(p.cpu())
+        if label is not None:
+            labels.append(label.cpu())
+        if pixels:
+            vectors.append(pixel_vectors(x).cpu())
+        if (missing := images - sum(len(part) for part in kept)) > 0:
+            kept.append((x[:missing] * 255).round().to(torch.uint8).cpu())
+    if not features:
+        raise ValueError(f"{name}: the set holds no images")
+    return ImageSet(
+        name,
+        torch.cat(features),
+        torch.cat(predicted),
+        torch.cat(labels) if labels else None,
+        torch.cat(vectors) if pixels else None,
+        torch.cat(kept) if images else None,
+        balanced and bool(labels),
+    )
+
+
+def real_batches(split: Split, rows: Tensor | None = None) -> Iterator[Labelled]:
+    """The images of a split at ``rows`` (all by default)."""
+    for part in (torch.arange(len(split)) if rows is None else rows).split(BATCH):
+        batch = split.batch(part)
+        yield unit(batch["x"]), batch.get("label")
+
+
+def in_batches(rows: Iterable[tuple[int, Tensor]], labels: Tensor | None) -> Iterator[Labelled]:
+    """What ``TwoStagePipeline.stream`` gives, stacked; ``labels`` (n,) are those asked for."""
+    ids: list[int] = []
+    images: list[Tensor] = []
+    for i, x in rows:
+        ids.append(i)
+        images.append(x)
+        if len(ids) == BATCH:
+            yield torch.stack(images), None if labels is None else labels[ids]
+            ids, images = [], []
+    if ids:
+        yield torch.stack(images), None if labels is None else labels[ids]
+
+
+def balanced_labels(n: int, classes: int) -> Tensor:
+    """(n,) int64: the classes in turn, so that every leading part is balanced, too."""
+    return torch.arange(n) % classes
+
+
+def choose_rows(split: Split, n: int, seed: int, classes: int = 0) -> Tensor:
+    """(min(n, N),) int64: ``n`` of the N rows of a split, drawn without replacement.
+
+    With ``classes`` > 0 the drawn rows hold the classes in turn, as ``balanced_labels``; ValueError where a class has too few.
+    All rows, in random order, where there are no more than ``n``.
+    """
+    order = permutation(seed, "reference", len(split))
+    if classes == 0 or n >= len(split):
+        return order[:n]
+    if split.labels is None:
+        raise ValueError("reference: the split has no labels to balance; set balanced to false")
+    asked = balanced_labels(n, classes)
+    out = torch.empty(n, dtype=torch.int64)
+    for c in range(classes):
+        places = (asked == c).nonzero()[:, 0]
+        mine = order[split.labels[order] == c]
+        if len(mine) < len(places):
+            raise ValueError(f"reference: {n} balanced images need {len(places)} of class {c}, there are {len(mine)}; lower n")
+        out[places] = mine[: len(places)]
+    return out

@@ -1,0 +1,210 @@
+"""Figures and pictures of a trained tokenizer: ``accelerate launch -m stage1_tokenizer.evaluate --tokenizer runs/tok``.
+
+PSNR and SSIM on a split, and how the codes are used on it and on the train split. Any number of processes gives the same
+figures: each takes a share of the samples, and sums are added up.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from intarsia.cli import parse, run_main
+from intarsia.config import Config, ConfigError, Place
+from intarsia.distributed import Comm, comm
+from intarsia.files import json_bytes, write_atomic
+from intarsia.hub_files import release_folder
+from intarsia.order import share
+from intarsia.pictures import save_codebook, save_strips
+from stage1_tokenizer.data.base import SOURCES, Source, SourceConfig, Split
+from stage1_tokenizer.encode import start
+from stage1_tokenizer.metrics import CodeMetrics, ReconstructionMetrics, finite_or_null, unit
+from stage1_tokenizer.run_data import with_run_data
+from stage1_tokenizer.tokenizers.base import Tokenizer
+
+PROGRAM = "python -m stage1_tokenizer.evaluate"
+BATCH = 256  # samples at once; no figure depends on it
+SHOWN_CODES = 4096
+TILE_CELLS, TILE_PIXELS = 2, 8
+
+
+class EvaluateConfig(Config):
+    """Reconstruction and usage of a trained tokenizer."""
+
+    tokenizer: Place[Annotated[str, Field(min_length=1)]]
+    """A run folder, the folder of a release, or a Hub id."""
+    data: SourceConfig | None = None
+    """The data source; that of the tokenizer's run where it is not given, with ``--data.*`` flags on top of it."""
+    split: Literal["train", "validation", "test"] = "validation"
+    """What is reconstructed."""
+    out: Place[str | None] = None
+    """The folder for evaluation.json and pictures; ``evaluation/SPLIT`` in the run folder where it is not given."""
+    pictures: Place[Annotated[int, Field(ge=0)]] = 32
+    """Samples in reconstructions.png; 0 = no pictures."""
+    device: Place[Literal["auto", "cpu", "cuda"]] = "auto"
+    """auto: CUDA where there is one."""
+    timeout: Place[Annotated[float, Field(gt=0)]] = 300.0
+    """Seconds after which a process that waits for another gives up."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over one split, complete on every rank.
+
+    Attributes:
+        reconstruction: None where only codes were counted.
+    """
+
+    reconstruction: ReconstructionMetrics | None
+    codes: CodeMetrics
+
+
+def _batches(split: Split, comm: Comm) -> Iterator[Tensor]:
+    """This rank's share of a split, as signals (B, C, *axes) in [-1, 1]."""
+    mine = share(len(split), comm.rank, comm.world_size)
+    for rows in torch.arange(mine.start, mine.stop).split(BATCH) if mine.stop > mine.start else ():
+        yield split.batch(rows)["x"]
+
+
+def evaluate(tokenizer: Tokenizer, split: Split, *, reconstruct: bool = True, comm: Comm = comm) -> Evaluation:
+    """Encodes a split and, with ``reconstruct``, decodes it again; each rank calls it.
+
+    Reconstructions are clamped to the range of the data before they are compared. Signals are compared on a scale where the
+    range [-1, 1] is [0, 1], and MAX is 1.
+    """
+    metrics, codes = ReconstructionMetrics(tokenizer.device), CodeMetrics(tokenizer.level_specs(), tokenizer.device)
+    for x in _batches(split, comm):
+        x = x.to(tokenizer.device)
+        found = tokenizer.encode(x)
+        codes.update(found)
+        if reconstruct:
+            metrics.update(unit(x), unit(tokenizer.decode(found).to(x.dtype)))
+    return Evaluation(metrics.all_reduce_(comm) if reconstruct else None, codes.all_reduce_(comm))
+
+
+def decoded_codes(tokenizer: Tokenizer, counts: list[Tensor], level: int, limit: int = SHOWN_CODES) -> Tensor:
+    """(m, C, h, w) in [0, 1]: the ``limit`` most frequent codes of a level as the decoder draws them, by falling frequency.
+
+    A code is drawn as the middle of an image whose grid of that level holds nothing else; all other levels hold their most
+    frequent code.
+
+    Args:
+        counts: for each level (vocab,), how often each code occurs.
+    """
+    specs = tokenizer.level_specs()
+    chosen = counts[level].argsort(descending=True, stable=True)[:limit].to(tokenizer.device)
+    window = []
+    for side, cells in zip(tokenizer.signal.shape, specs[level].shape, strict=True):
+        size = min(side, max(TILE_PIXELS, TILE_CELLS * side // cells))
+        window.append(slice((side - size) // 2, (side - size) // 2 + size))
+    tiles = []
+    for part in chosen.split(BATCH):
+        grids = []
+        for number, spec in enumerate(specs):
+            fill = part if number == level else counts[number].argmax().to(part.device).expand(len(part))
+            grids.append(fill.view(-1, *[1] * len(spec.shape)).expand(-1, *spec.shape).contiguous())
+        tiles.append(unit(tokenizer.decode(grids))[(slice(None), slice(None), *window)].cpu())
+    return torch.cat(tiles)
+
+
+def draw_reconstructions(path: Path, tokenizer: Tokenizer, split: Split, n: int, title: str = "") -> None:
+    """``n`` images, evenly spaced over the split (so that sorted classes all occur), above their reconstructions."""
+    rows = torch.linspace(0, len(split) - 1, min(n, len(split))).round().long().unique()
+    x = split.batch(rows)["x"].to(tokenizer.device)
+    save_strips(path, {"original": unit(x), "reconstruction": unit(tokenizer.decode(tokenizer.encode(x)).to(x.dtype))}, title=title)
+
+
+def draw_codebook(path: Path, tokenizer: Tokenizer, codes: CodeMetrics, title: str = "") -> None:
+    """Usage of every level and, for images, its codes as the decoder draws them."""
+    drawable = tokenizer.signal.kind == "image" and tokenizer.signal.channels in (1, 3)
+    levels = [
+        (level.name, codes.counts[i].cpu(), decoded_codes(tokenizer, codes.counts, i) if drawable else None)
+        for i, level in enumerate(codes.levels)
+    ]
+    hidden = max(level.vocab for level in codes.levels) > SHOWN_CODES
+    save_codebook(path, levels, title=title, note=f"the {SHOWN_CODES} most frequent codes are drawn" if hidden else "")
+
+
+def report(tokenizer: Tokenizer, source: Source, split: str, comm: Comm = comm) -> tuple[dict[str, Any], CodeMetrics]:
+    """The figures as a plain tree, and the counts of the train codes. Each rank calls it; all get the same."""
+    if source.signal != tokenizer.signal:
+        raise ValueError(f"data: the signals are {source.signal}; the tokenizer takes {tokenizer.signal}")
+    held = evaluate(tokenizer, source.split(split), comm=comm)
+    train = held if split == "train" else evaluate(tokenizer, source.split("train"), reconstruct=False, comm=comm)
+    assert held.reconstruction is not None
+    usage = {"train": train.codes} | {split: held.codes}
+    tree = {
+        "tokenizer": {"type": tokenizer.type_name, "fingerprint": tokenizer.fingerprint, "sha256": tokenizer.weights_sha256},
+        "data": source.describe(),
+        "split": split,
+        "reconstruction": held.reconstruction.compute(),
+        "codes": {name: [asdict(level) for level in codes.compute()] for name, codes in usage.items()},
+    }
+    return tree, train.codes
+
+
+def table(tree: dict[str, Any]) -> str:
+    """The figures as lines of text."""
+    found = tree["reconstruction"]
+    lines = [
+        f"{found['samples']} {tree['split']} samples: PSNR {found['psnr']:.2f} dB (mean per sample), {found['psnr_pooled']:.2f} dB (pooled)"
+        + (f", SSIM {found['ssim']:.4f} (11x11 Gaussian, inside the border)" if "ssim" in found else "")
+    ]
+    for split, levels in tree["codes"].items():
+        for level in levels:
+            lines.append(
+                f"{split} codes, level {level['name']}: {level['used']} of {level['vocab']} used ({level['usage']:.1%}), perplexity"
+                f" {level['perplexity']:.1f}, entropy {level['entropy_bits']:.3f} bits per code, {level['bits_per_image']:.1f} of"
+                f" {level['nominal_bits_per_image']:.1f} bits per sample"
+            )
+    return "\n".join(lines)
+
+
+def out_folder(config: EvaluateConfig) -> Path:
+    """Where to write. Raises ConfigError where that is not said and ``tokenizer`` is no run folder."""
+    if config.out is not None:
+        return Path(config.out)
+    if not (Path(config.tokenizer) / "config.yaml").is_file():
+        raise ConfigError([f"out: {config.tokenizer} is no run folder; say where to write"])
+    return Path(config.tokenizer) / "evaluation" / config.split
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, flags = parse(EvaluateConfig, with_run_data(list(sys.argv[1:] if argv is None else argv)), program=PROGRAM)
+    if flags.max_steps is not None or flags.resume is not None:
+        raise ConfigError(["--max_steps, --resume: an evaluation has no steps"])
+    if config.data is None:
+        raise ConfigError([f"data: {config.tokenizer} has no config.yaml of a run; say --data.type {'|'.join(SOURCES.names())}"])
+    out = out_folder(config)
+    device = start(config.device, config.timeout)
+    tokenizer = Tokenizer.from_pretrained(release_folder(config.tokenizer))
+    source = SOURCES.build(config.data)
+    if comm.rank == 0:
+        rows = ", ".join(f"{len(source.split(name))} {name}" for name in source.splits)
+        print(f"{tokenizer.type_name} {tokenizer.fingerprint[:12]}: {rows}", flush=True)
+    source.split(config.split)
+    if flags.check or flags.dry_run:
+        return
+    tree, train_codes = report(tokenizer.to(device), source, config.split)
+    if comm.rank != 0:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "evaluation.json", json_bytes(finite_or_null(tree)))
+    if config.pictures:
+        draw_codebook(out / "codebook.png", tokenizer, train_codes, title="Codebook on the train codes")
+        if tokenizer.signal.kind == "image":
+            title = f"{config.split.capitalize()} images and their reconstructions"
+            draw_reconstructions(out / "reconstructions.png", tokenizer, source.split(config.split), config.pictures, title)
+    print(table(tree))
+    print(f"{out / 'evaluation.json'} written", flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,39 @@
+"""The data of the run that made a tokenizer: what ``encode`` and ``evaluate`` read where they are not told otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from intarsia import yaml_io
+from intarsia.cli import load_tree
+
+
+def with_run_data(argv: list[str]) -> list[str]:
+    """``argv`` with a ``--data`` in front that holds the data of the run which ``--tokenizer`` names (a run folder or its ``model/``).
+
+    Other ``--data.*`` flags apply on top of it. ``argv`` comes back as it was where ``--data``, another ``--data.type`` or the
+    ``--config`` file say what the data are, or where there is no such run.
+
+    Raises ConfigError for a configuration file that cannot be read.
+    """
+    given = _given(argv)
+    tree = load_tree(given["config"]) if "config" in given else {}
+    tokenizer = given.get("tokenizer", tree.get("tokenizer"))
+    if "data" in tree or "data" in given or not isinstance(tokenizer, str):
+        return argv
+    folder = Path(tokenizer)
+    path = (folder.parent if folder.name == "model" else folder) / "config.yaml"
+    data = load_tree(str(path)).get("data") if path.is_file() else None
+    if not isinstance(data, dict) or given.get("data.type", data.get("type")) != data.get("type"):
+        return argv
+    return [f"--data={yaml_io.dump(data)}", *argv]
+
+
+def _given(argv: list[str]) -> dict[str, str]:
+    """The flags of a command line, unchecked, with what follows them."""
+    found: dict[str, str] = {}
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, joined, value = word.removeprefix("--").partition("=")
+        if word.startswith("--"):
+            found[name] = value if joined else following
+    return found

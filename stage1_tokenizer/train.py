@@ -1,0 +1,196 @@
+"""Trains a tokenizer: ``accelerate launch -m stage1_tokenizer.train --config fashion_mnist/vqvae --run runs/tok``, or ``python -m``.
+
+The same command resumes. The loop in ``train`` is the whole training; ``Run`` gives it services.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from intarsia.cli import Flags, parse, run_main
+from intarsia.config import ConfigError, Place, differences
+from intarsia.machine import tensor_bytes
+from intarsia.meta import build_on_meta
+from intarsia.pictures import save_strips
+from intarsia.prefetch import Loader
+from intarsia.rng import StepRng
+from intarsia.run import Run
+from intarsia.run_config import RunConfig
+from stage1_tokenizer.data.base import SOURCES, Source, SourceConfig
+from stage1_tokenizer.data.bundled import BundledConfig
+from stage1_tokenizer.metrics import CodeMetrics, ReconstructionMetrics, unit
+from stage1_tokenizer.objectives.base import OBJECTIVES, ObjectiveConfig
+from stage1_tokenizer.objectives.reconstruction import ReconstructionConfig
+from stage1_tokenizer.tokenizers.base import TOKENIZERS, Tokenizer, TokenizerConfig
+from stage1_tokenizer.tokenizers.vqvae import VQVAEConfig
+
+PROGRAM = "python -m stage1_tokenizer.train"
+PICTURED = 16
+
+
+class TokenizerTrainConfig(RunConfig):
+    """Trains a tokenizer on signals."""
+
+    data: SourceConfig = BundledConfig()
+    """The signals."""
+    tokenizer: TokenizerConfig = VQVAEConfig()
+    """What is trained."""
+    objective: ObjectiveConfig = ReconstructionConfig()
+    """What it is trained for."""
+    train: Literal["all", "decoder"] = "all"
+    """decoder: only what turns codes into signals; the codes and the fingerprint of `init` stay."""
+    init_samples: Annotated[int, Field(ge=1)] = 1024
+    """Signals that the codebooks are initialised from, and re-estimated from under averaged weights."""
+    validation_samples: Place[Annotated[int, Field(ge=0)]] = 0
+    """Validate on the first so many; 0 = all."""
+
+    def model_post_init(self, context: object) -> None:
+        if self.train == "decoder" and self.init is None:
+            raise ValueError("train: 'decoder' needs init, a release whose codes are kept")
+
+
+def train(config: TokenizerTrainConfig, flags: Flags) -> None:
+    with Run(config, flags, kind="tokenizer") as run:
+        source = SOURCES.build(config.data)
+        data = source.split("train").loader(config.seed)
+        run.check_space(on_meta(config, source))
+        tokenizer = TOKENIZERS.build(config.tokenizer, source.signal)
+        objective = OBJECTIVES.build(config.objective).to(run.device, run.dtype)
+        if config.train == "decoder":
+            freeze_codes(tokenizer)
+        model = run.prepare(tokenizer)
+        if not run.resume(extra={"objective": objective}):
+            start(run, config, tokenizer, data)
+
+        for step in run.steps():
+            for part in run.parts(data, step):
+                with run.forward(part):
+                    x = part.batch["x"]
+                    out = model(x, rng=part.rng)
+                    loss, stats = objective.tokenizer_loss(out, x, step, part.rng)
+                    run.backward(loss, part, stats)
+            if run.optimizer_step(tokenizer.finite()):
+                if config.train == "all":
+                    run.note(tokenizer.update(run.rng(step), run.comm))
+                else:
+                    tokenizer.discard()
+            run.log(step)
+            if run.due("validate", step) or run.due("pictures", step):
+                with release_weights(run, config, tokenizer, data):
+                    if run.due("pictures", step):
+                        draw_reconstructions(run, tokenizer, source, step)
+                    if run.due("validate", step) and validate(run, config, tokenizer, source, step):
+                        run.release(tokenizer.save_pretrained)
+            run.checkpoint(step)
+
+        with release_weights(run, config, tokenizer, data):
+            run.finish(tokenizer.save_pretrained)
+
+
+def freeze_codes(tokenizer: Tokenizer) -> None:
+    """What decides the codes gets no gradient; moving averages are discarded in the loop."""
+    for tensor in tokenizer.fingerprint_tensors().values():
+        tensor.requires_grad_(False)
+
+
+def start(run: Run, config: TokenizerTrainConfig, tokenizer: Tokenizer, data: Loader) -> None:
+    """A fresh start: the weights of ``init``, or codebooks from the first signals.
+
+    Raises:
+        ConfigError: where ``init`` is of another configuration or takes other signals.
+    """
+    if config.init is not None:
+        release = Tokenizer.from_pretrained(config.init)
+        found = [("tokenizer." + path, old, new) for path, old, new in differences(release.config, config.tokenizer)]
+        if release.signal != tokenizer.signal:
+            found.append(("data", release.signal, tokenizer.signal))
+        if found:
+            raise ConfigError([f"{path}: {new!r}, but init ({config.init}) was made with {old!r}" for path, old, new in found])
+        tokenizer.load_state_dict(release.state_dict())
+        run.weights_changed()
+    if config.train == "all":  # codebooks that are initialised already stay as they are
+        batches = (batch["x"] for batch in run.first_batches(data, config.init_samples))
+        tokenizer.initialize(batches, run.rng(0), run.comm)
+
+
+@contextmanager
+def release_weights(run: Run, config: TokenizerTrainConfig, tokenizer: Tokenizer, data: Loader) -> Iterator[None]:
+    """The tokenizer as it is validated and released: averaged weights, where on, with the codebooks re-estimated under them."""
+    with run.averaged() as averaged:
+        if averaged and config.train == "all":
+            batches = run.first_batches(data, max(config.init_samples, config.batch_size))
+            tokenizer.reestimate(((b["x"], StepRng(config.seed, 0, b["index"])) for b in batches), run.comm)
+        yield
+
+
+def validate(run: Run, config: TokenizerTrainConfig, tokenizer: Tokenizer, source: Source, step: int) -> bool:
+    """PSNR, SSIM, usage and perplexity on the validation split, each sample counted once over the processes; True for a new best."""
+    if "validation" not in source.splits:
+        return False
+    levels = tokenizer.level_specs()
+    quality, usage = ReconstructionMetrics(run.device), CodeMetrics(levels, run.device)
+    size = 4 * tokenizer.config.micro_batch
+    for batch in run.batches(source.split("validation").loader(config.seed), size, config.validation_samples or None):
+        codes = tokenizer.encode(batch["x"])
+        usage.update(codes)
+        quality.update(unit(batch["x"]), unit(tokenizer.decode(codes)))
+    figures = {k: v for k, v in quality.all_reduce_(run.comm).compute().items() if k in ("psnr", "ssim", "mse")}
+    for level in usage.all_reduce_(run.comm).compute():
+        suffix = f"/{level.name}" if len(levels) > 1 else ""
+        figures |= {f"usage{suffix}": level.usage, f"perplexity{suffix}": level.perplexity}
+    return run.validated(step, figures, best="psnr", higher=True)
+
+
+def draw_reconstructions(run: Run, tokenizer: Tokenizer, source: Source, step: int) -> None:
+    """reconstructions.png: the first signals of the validation split above what the codes make of them. Images only."""
+    if not run.is_main or source.signal.kind != "image" or source.signal.channels not in (1, 3):
+        return
+    split = source.split("validation" if "validation" in source.splits else "train")
+    x: Tensor = split.batch(torch.arange(min(PICTURED, len(split))))["x"].to(run.device, run.dtype)
+    rows = {"original": unit(x), "reconstruction": unit(tokenizer.decode(tokenizer.encode(x)))}
+    save_strips(run.folder / "reconstructions.png", rows, title=f"step {step + 1}")
+    run.picture("reconstructions.png", step)
+
+
+def on_meta(config: TokenizerTrainConfig, source: Source) -> Tokenizer:
+    """The tokenizer without memory: shapes only. Raises ValueError for a configuration that does not fit the signals."""
+    module = build_on_meta(TOKENIZERS.get(str(config.tokenizer.type_name)), config.tokenizer, source.signal)
+    assert isinstance(module, Tokenizer)
+    return module
+
+
+def describe(config: TokenizerTrainConfig, source: Source) -> Iterator[str]:
+    """What --dry_run prints."""
+    tokenizer = on_meta(config, source)
+    weights, trained = tensor_bytes(tokenizer.state_dict().values()), tensor_bytes(tokenizer.parameters())
+    copies = 3 + bool(config.optim.average)  # gradients, two moments, averages
+    yield f"{config.tokenizer.type_name}: {sum(p.numel() for p in tokenizer.parameters()):,} parameters"
+    for level in tokenizer.level_specs():
+        yield f"level {level.name}: {level.vocab} codes on a grid of {'x'.join(map(str, level.shape))}"
+    yield f"memory: {weights + copies * trained:,} bytes for weights, gradients and optimizer; activations come on top"
+    yield f"disk: {weights + (copies - 1) * trained:,} bytes per checkpoint, {config.log.keep} are kept"
+
+
+def check(source: Source) -> Iterator[str]:
+    """What --check prints."""
+    yield from source.summary()
+
+
+def main() -> None:
+    config, flags = parse(TokenizerTrainConfig, program=PROGRAM)
+    if not (flags.check or flags.dry_run):
+        train(config, flags)
+        return
+    source = SOURCES.build(config.data)
+    lines: list[str] = [*check(source), *describe(config, source)] if flags.check else list(describe(config, source))
+    print(*lines, sep="\n")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,260 @@
+"""The prior interface: a distribution over a contiguous range of levels of codes, given the levels above it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from intarsia.config import Config, ConfigError
+from intarsia.hub import Pretrained
+from intarsia.padded import run_padded
+from intarsia.registry import Registry
+from intarsia.rng import StepRng
+from intarsia.specs import CodesSpec, Cond, LevelSpec
+from stage2_prior.arguments import check_codes, check_ids, check_known, check_label, whole
+from stage2_prior.sampling import DrawOptions, choose_options
+
+PRIORS: Registry[Prior] = Registry("prior", "stage2_prior.priors")
+Stats = dict[str, Tensor]
+Known = tuple[Sequence[Tensor], Sequence[Tensor]]
+
+
+class PriorConfig(Config, registry=PRIORS):
+    """Base of the priors' configurations."""
+
+    levels: str = ""
+    """The levels that are modelled, "start:stop", coarse to fine; all of them where empty."""
+    cond_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """How often training replaces the label by the learned null, which guidance needs; 1 trains without labels."""
+    corruption: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """How often training replaces a code that is conditioned on by a random one; helps where data is scarce."""
+
+    @field_validator("levels")
+    @classmethod
+    def _levels(cls, value: str) -> str:
+        if value and not re.fullmatch(r"\d+:\d+", value):
+            raise ValueError('expected "start:stop", such as "0:1"')
+        return value
+
+
+class Prior(Pretrained, nn.Module):
+    """Base class: ``__init__(config, spec)``. ``codes`` are the levels [0, stop), each (B, *shape) int64 in [0, vocab).
+
+    Attributes:
+        config, spec: what it was built from.
+        levels: the range of levels that it models, counted in ``spec.levels``.
+        conditional: whether it takes labels.
+        nll_is_bound: whether ``nll`` is an upper bound; it is exact otherwise.
+        Options: the dataclass of the sampling options that it has.
+    """
+
+    registry: ClassVar[Registry[Any]] = PRIORS
+    kind: ClassVar[str] = "prior"
+    nll_is_bound: ClassVar[bool] = False
+    Options: ClassVar[type[Any]] = DrawOptions
+    config: PriorConfig
+
+    def __init__(self, config: PriorConfig, spec: CodesSpec) -> None:
+        super().__init__()
+        count = len(spec.levels)
+        start, stop = map(int, (config.levels or f"0:{count}").split(":"))
+        if not 0 <= start < stop <= count:
+            raise ConfigError([f"prior.levels: {config.levels!r} is no range within the {count} levels of the codes, 0:{count}"])
+        self.config = config
+        self.spec = spec
+        self.levels = range(start, stop)
+        self.conditional = bool(spec.classes) and config.cond_dropout < 1
+
+    def _spec_dict(self) -> dict[str, Any]:
+        return self.spec.to_dict()
+
+    @classmethod
+    def _spec_from_dict(cls, tree: Mapping[str, Any]) -> CodesSpec:
+        return CodesSpec.from_dict(tree)
+
+    @property
+    def own(self) -> tuple[LevelSpec, ...]:
+        """The levels that it models."""
+        return self.spec.levels[self.levels.start : self.levels.stop]
+
+    @property
+    def upper(self) -> tuple[LevelSpec, ...]:
+        """The levels above, which it is given."""
+        return self.spec.levels[: self.levels.start]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    # Training and likelihood -----------------------------------------------------------------------------------
+    def loss(self, codes: Sequence[Tensor], cond: Cond | None = None, rng: StepRng | None = None) -> tuple[Tensor, Stats]:
+        """The training objective in nats per code, the mean over samples of a per-sample value, and scalars to log.
+
+        Args:
+            cond: the labels; None for the learned null.
+            rng: the draws of dropped conditions and the like; None for none of them.
+        """
+        raise NotImplementedError
+
+    def forward(self, codes: Sequence[Tensor], cond: Cond | None = None, rng: StepRng | None = None) -> tuple[Tensor, Stats]:
+        """``loss``: gradients are synchronised between processes only through ``forward``."""
+        return self.loss(codes, cond, rng)
+
+    def nll(self, codes: Sequence[Tensor], cond: Cond | None = None, rng: StepRng | None = None) -> Tensor:
+        """(B, positions of its levels) nats for each code at temperature 1 without guidance, in eval mode.
+
+        Raises ValueError for codes or labels of the wrong number, shape, dtype or range.
+        """
+        raise NotImplementedError
+
+    def by_level(self, each: Tensor) -> list[Tensor]:
+        """(..., positions), in the order of ``nll``, apart by level: (..., positions of the level) in raster order."""
+        raise NotImplementedError
+
+    # Sampling --------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def sample(
+        self,
+        ids: Tensor,
+        *,
+        upper: Sequence[Tensor] = (),
+        cond: Cond | None = None,
+        seed: int = 0,
+        known: Known | None = None,
+        micro_batch: int = 32,
+        **options: Any,
+    ) -> list[Tensor]:
+        """Codes of its levels, each (n, *shape) int64. Sample i of a seed has the same bits in any batch and order.
+
+        Args:
+            ids: (n,) int64, n >= 1, the samples' indices: with ``seed`` they decide the draws.
+            upper: the codes of the levels above, each (n, *shape).
+            cond: the labels; None for the learned null.
+            seed: >= 0.
+            known: (codes, keep), one tensor of each per level of its range: codes (n, *shape) are kept wherever the boolean
+                keep (n, *shape) is True.
+            micro_batch: rows of the fixed, padded micro-batches; part of what makes the bits.
+            options: the fields of ``Options``.
+
+        Raises:
+            ValueError: naming the argument, for anything out of range and for an option that this prior does not have.
+        """
+        n = check_ids(ids)
+        seed, micro_batch = whole("seed", seed, 0), whole("micro_batch", micro_batch, 1)
+        check_codes(upper, self.upper, n, "upper")
+        label = self._label(cond, n)
+        chosen = self.check_options(options, cond)
+        kept, keep = ([], []) if known is None else self._check_known(known, n)
+        rows = [ids, torch.zeros_like(ids) if label is None else label, *upper, *kept, *keep]
+        split = (2, 2 + len(upper), 2 + len(upper) + len(kept))
+
+        def run(*rows: Tensor) -> list[Tensor]:
+            given = (rows[split[1] : split[2]], rows[split[2] :]) if known is not None else None
+            return self._sample(rows[0], rows[2 : split[1]], rows[1] if self.conditional else None, seed, given, chosen)
+
+        with inference(self):
+            return run_padded(run, [r.to(self.device) for r in rows], micro_batch)
+
+    def check_options(self, options: Mapping[str, Any], cond: Cond | None = None) -> Any:
+        """The ``Options`` that these make, checked as ``sample`` checks them: a caller of several priors asks all of them before
+        any draws. ValueError naming the one that does not fit."""
+        chosen = choose_options(self.Options, dict(options), f"a {self.type_name} prior")
+        for level in self.own:
+            chosen.check_vocab(level.vocab)
+        if chosen.guidance != 1:
+            if not self.conditional:
+                raise ValueError(f"guidance: {chosen.guidance}; a prior without conditions has only 1 (off)")
+            if not self.has_null:
+                raise ValueError(f"guidance: {chosen.guidance}; this prior was trained with cond_dropout 0 and has only 1 (off)")
+            if cond is None or cond.label is None:
+                raise ValueError(f"guidance: {chosen.guidance} needs a label to guide to; expected 1 (off) without one")
+        return chosen
+
+    def _sample(
+        self, ids: Tensor, upper: Sequence[Tensor], label: Tensor | None, seed: int, known: Known | None, options: Any
+    ) -> list[Tensor]:
+        """One micro-batch of ``sample``, on the prior's device, checked. ``label``: (B,) with ``classes`` for the null."""
+        raise NotImplementedError
+
+    def _check_known(self, known: Known, n: int) -> tuple[list[Tensor], list[Tensor]]:
+        """(codes, keep) of its levels, checked."""
+        return check_known(known, self.own, n)
+
+    # Conditions ------------------------------------------------------------------------------------------------
+    @property
+    def has_null(self) -> bool:
+        """Whether there is a learned null, which ``cond=None`` and guidance need of a conditional prior."""
+        return self.conditional and self.config.cond_dropout > 0
+
+    def _label(self, cond: Cond | None, n: int, *, check: bool = True) -> Tensor | None:
+        """(n,) int64 labels on the prior's device, ``classes`` for the null; None for a prior without conditions.
+
+        Args:
+            check: look at the values too (one host sync).
+        """
+        if cond is not None and (cond.text is not None or cond.text_mask is not None):
+            raise ValueError(f"cond.text: a {self.type_name} prior has no use for text")
+        label = None if cond is None else cond.label
+        if not self.conditional:
+            if label is not None:
+                why = "cond_dropout is 1" if self.spec.classes else "its codes are unlabelled"
+                raise ValueError(f"cond.label: this prior was trained without labels ({why}) and has no use for one")
+            return None
+        classes = len(self.spec.classes)
+        if label is None:
+            if not self.has_null:
+                raise ValueError("cond: None, but this prior was trained with cond_dropout 0 and knows no null condition; give labels")
+            return torch.full((n,), classes, dtype=torch.int64, device=self.device)
+        check_label(label, n, classes, values=check)
+        return label.to(self.device)
+
+    def _drop_label(self, label: Tensor | None, rng: StepRng | None) -> Tensor | None:
+        """Labels with the null in place of those that training drops at this step."""
+        if label is None or rng is None or not self.has_null:
+            return label
+        dropped = rng.uniform("cond_dropout") < self.config.cond_dropout
+        return torch.where(dropped, len(self.spec.classes), label)
+
+    def _corrupt(self, own: Sequence[Tensor], rng: StepRng | None) -> list[Tensor]:
+        """(B, positions) codes of each of its levels with random ones in place of those that training replaces at this step."""
+        rate = self.config.corruption
+        if rng is None or rate == 0:
+            return list(own)
+        out = []
+        for i, (codes, level) in enumerate(zip(own, self.own, strict=True)):
+            where = rng.uniform("corruption", codes.shape[1], level=i) < rate
+            code = (rng.uniform("corruption/code", codes.shape[1], level=i) * level.vocab).long()
+            out.append(torch.where(where, code, codes))
+        return out
+
+
+def bits(nats: Tensor) -> Tensor:
+    return nats / math.log(2)
+
+
+@dataclass
+class inference:
+    """Eval mode without autocast for the length of a ``with``; the mode is restored."""
+
+    module: Prior
+
+    def __enter__(self) -> None:
+        self.was_training = self.module.training
+        self.cast = torch.autocast(self.module.device.type, enabled=False)
+        self.module.eval()
+        self.cast.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.cast.__exit__(*error)
+        self.module.train(self.was_training)

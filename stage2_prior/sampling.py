@@ -1,0 +1,112 @@
+"""From logits to codes: guidance, temperature, top-k, top-p, and a draw by the inverse of the distribution function.
+
+Pure functions of tensors. A draw takes one uniform number for each row, so that what a row becomes is a function of its
+logits and its own number alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name}: {value!r}; expected a finite number")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class DrawOptions:
+    """How one code is drawn.
+
+    Attributes:
+        temperature: >= 0; logits are divided by it; 0 takes the most probable code.
+        top_k: keep the k most probable codes (and those that tie with the last of them), in [1, vocab]; None keeps all.
+        top_p: keep the smallest set of most probable codes whose mass is at least this, in (0, 1] (Holtzman et al. 2020,
+            nucleus sampling), after top_k; None keeps all.
+        guidance: g of ``guide``; 1 is off.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if _number("temperature", self.temperature) < 0:
+            raise ValueError(f"temperature: {self.temperature!r}; expected a number >= 0 (0 takes the most probable code)")
+        if self.top_k is not None and (isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1):
+            raise ValueError(f"top_k: {self.top_k!r}; expected a whole number >= 1")
+        if self.top_p is not None and not 0 < _number("top_p", self.top_p) <= 1:
+            raise ValueError(f"top_p: {self.top_p!r}; expected a number in (0, 1]")
+        _number("guidance", self.guidance)
+
+    def check_vocab(self, vocab: int) -> None:
+        """Raises ValueError where top_k asks for more codes than there are."""
+        if self.top_k is not None and self.top_k > vocab:
+            raise ValueError(f"top_k: {self.top_k}; expected at most the vocabulary, {vocab}")
+
+
+def choose_options(kind: type[Any], given: dict[str, Any], who: str) -> Any:
+    """``kind(**given)``; ValueError with the list of the options that there are, where ``given`` names another one."""
+    known = [f.name for f in fields(kind)]
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{name}: {who} has no such sampling option; it has {', '.join(known)}")
+    return kind(**given)
+
+
+def guide(cond: Tensor, null: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans 2022) in logits: null + g (cond - null)."""
+    return null + guidance * (cond - null)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """(B, V) with -inf wherever a logit is below the k-th largest of its row."""
+    threshold = logits.topk(k, dim=-1).values[:, -1:]
+    return logits.masked_fill(logits < threshold, -math.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """(B, V) with -inf outside the smallest set of most probable codes whose mass is at least ``p``; equal ones by index."""
+    order = logits.argsort(dim=-1, descending=True, stable=True)
+    mass = torch.softmax(logits.gather(-1, order), -1)
+    outside = torch.zeros_like(logits, dtype=torch.bool)
+    outside.scatter_(-1, order, mass.cumsum(-1) - mass >= p)
+    return logits.masked_fill(outside, -math.inf)
+
+
+def filtered(logits: Tensor, options: DrawOptions) -> Tensor:
+    """(B, V) logits of the distribution that is drawn from: temperature (> 0), then top_k, then top_p. Float32 or wider."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if options.temperature != 1:
+        logits = logits / options.temperature
+    if options.top_k is not None:
+        logits = keep_top_k(logits, options.top_k)
+    if options.top_p is not None and options.top_p < 1:
+        logits = keep_top_p(logits, options.top_p)
+    return logits
+
+
+def draw(logits: Tensor, uniform: Tensor, options: DrawOptions) -> Tensor:
+    """One code for each row.
+
+    Args:
+        logits: (B, V), after guidance.
+        uniform: (B,) in the open interval (0, 1).
+
+    Returns:
+        (B,) int64 in [0, V): the first code at which the distribution function exceeds ``uniform``. A code of probability
+        0 is never drawn, since the function does not rise there. Of a row with NaN some code comes back: it is the caller
+        who looks whether all logits are finite, once for many draws.
+    """
+    if options.temperature == 0:
+        return logits.argmax(-1)
+    rising = torch.softmax(filtered(logits, options), -1).cumsum(-1)
+    target = uniform.to(rising.dtype)[:, None] * rising[:, -1:]
+    return torch.searchsorted(rising, target, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)

@@ -1,0 +1,175 @@
+"""A causal transformer trunk: pre-norm blocks of attention and a gated feed-forward, with the cache as an argument.
+
+RMSNorm (Zhang and Sennrich 2019), SwiGLU (Shazeer 2020), optional rotary positions (Su et al. 2021), no biases: the blocks
+of LLaMA (Touvron et al. 2023). Positions reach it through its input or through ``rotary``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EXPLICIT_LENGTH = 512  # longest sequence whose attention is computed explicitly in half precision on a CPU
+
+Rotary = tuple[Tensor, Tensor]  # cosines and sines, each (length, head dim)
+
+
+@dataclass
+class Cache:
+    """Keys and values of the live prefix; written in place, float32 or wider whatever the weights are.
+
+    Single-query attention in bfloat16 is several times slower on a CPU, and the prefix is summed over at every step.
+
+    Attributes:
+        keys, values: (depth, B, heads, capacity, head dim).
+        length: how many places are live.
+    """
+
+    keys: Tensor
+    values: Tensor
+    length: int = 0
+
+
+def rotary_tables(coordinates: Tensor, dim: int, base: float = 10000.0) -> Rotary:
+    """Cosines and sines of rotary positions over 1, 2 or 3 axes.
+
+    The dim / 2 frequencies base^(-2i/dim) of Su et al. 2021, eq. 15, are dealt to the axes in turn, so that each axis has
+    fast and slow ones; with one axis this is the ordinary embedding, in the half-split layout of LLaMA.
+
+    Args:
+        coordinates: (length, axes).
+
+    Returns:
+        two (length, dim) tensors of the dtype of ``coordinates``.
+    """
+    axes = coordinates.shape[1]
+    if dim % 2 or dim // 2 < axes:
+        raise ValueError(f"prior.heads: rotary positions over {axes} axes need an even head dimension >= {2 * axes}; got {dim}")
+    index = torch.arange(dim // 2, device=coordinates.device)
+    frequency = base ** (-2 * index.to(coordinates.dtype) / dim)
+    angle = coordinates[:, index % axes] * frequency
+    return angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """x: (..., length, dim), turned in the planes (i, i + dim / 2)."""
+    cos, sin = rotary
+    low, high = x.chunk(2, -1)
+    return x * cos + torch.cat((-high, low), -1) * sin
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """softmax(q k^T / sqrt(dim)) v for (B, heads, length, dim) tensors.
+
+    In half precision on a CPU, torch's fused kernel is 4 to 9 times slower than the plain products for short sequences:
+    there the plain ones run, with the softmax in float32.
+    """
+    length = q.shape[-2]
+    if q.device.type != "cpu" or q.dtype in (torch.float32, torch.float64) or length > EXPLICIT_LENGTH:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    if causal:
+        scores = scores + torch.full((length, k.shape[-2]), -math.inf, device=q.device).triu(1)
+    return torch.softmax(scores, -1).to(v.dtype) @ v
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, rotary: Rotary | None, cache: Cache | None, layer: int) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        if rotary is not None:
+            q, k = rotate(q, rotary).to(v.dtype), rotate(k, rotary).to(v.dtype)
+        if cache is None:
+            y = attend(q, k, v, causal=True)
+        else:
+            if cache.length and length > 1:
+                raise ValueError(f"cache: {length} places at once after {cache.length}; only the first call takes several")
+            end = cache.length + length
+            cache.keys[layer, :, :, cache.length : end] = k
+            cache.values[layer, :, :, cache.length : end] = v
+            live_k, live_v = cache.keys[layer, :, :, :end], cache.values[layer, :, :, :end]
+            y = F.scaled_dot_product_attention(q.to(live_k.dtype), live_k, live_v, is_causal=length > 1).to(v.dtype)
+        return self.out(y.transpose(1, 2).reshape(batch, length, width))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), with ``hidden`` about 8/3 of the width, so that it costs what 4 without a gate costs."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = 32 * math.ceil(8 * width / 3 / 32)
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
+        self.attention = Attention(width, heads)
+        self.feed_forward_norm = nn.RMSNorm(width, eps=1e-6)
+        self.feed_forward = FeedForward(width)
+
+    def forward(self, x: Tensor, rotary: Rotary | None, cache: Cache | None, layer: int, keep: Tensor | None) -> Tensor:
+        branch = self.attention(self.attention_norm(x), rotary, cache, layer)
+        x = x + (branch if keep is None else branch * keep[:, 0])
+        branch = self.feed_forward(self.feed_forward_norm(x))
+        return x + (branch if keep is None else branch * keep[:, 1])
+
+
+class Transformer(nn.Module):
+    """A stack of ``depth`` causal blocks and a last norm.
+
+    Args:
+        width: D; a multiple of ``heads``.
+    """
+
+    def __init__(self, width: int, depth: int, heads: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"prior.width: {width} is no multiple of prior.heads, {heads}")
+        self.width, self.depth, self.heads = width, depth, heads
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.reset()
+
+    def reset(self) -> None:
+        """Normal weights of variance 1 / fan-in; the branches' last layers are scaled by 1 / sqrt(2 depth) (GPT-2)."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                last = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5 * ((2 * self.depth) ** -0.5 if last else 1.0))
+
+    def cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> Cache:
+        """An empty cache for ``batch`` rows of at most ``capacity`` places."""
+        shape = (self.depth, batch, self.heads, capacity, self.width // self.heads)
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        return Cache(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor, rotary: Rotary | None = None, cache: Cache | None = None, keep: Tensor | None = None) -> Tensor:
+        """(B, L, D) to (B, L, D); place i sees places 0..i.
+
+        Args:
+            rotary: tables of these L places.
+            cache: what came before; these places are appended to it. Several places at once only where it is empty.
+            keep: (B, depth, 2, D) factors of the branches' channels, the same for all places (dropout); None for none.
+        """
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotary, cache, layer, None if keep is None else keep[:, layer, :, None])
+        if cache is not None:
+            cache.length += x.shape[1]
+        return self.norm(x)

@@ -1,0 +1,362 @@
+"""What every registered prior owes its callers."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from intarsia.config import ConfigError
+from intarsia.meta import build_on_meta
+from intarsia.rng import StepRng
+from intarsia.specs import Cond
+from stage2_prior.priors.autoregressive import AutoregressivePrior
+from stage2_prior.priors.base import PRIORS, Prior
+from tests.tiny_priors import CASES, TINY, Case, Leaves
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+autoregressive = pytest.mark.parametrize("case", [c for c in CASES if issubclass(PRIORS.get(c.type), AutoregressivePrior)], ids=str)
+one_of_each = pytest.mark.parametrize("case", list({c.type: c for c in reversed(CASES) if c.classes}.values()), ids=str)
+
+
+def test_every_registered_type_is_tested_here() -> None:
+    assert set(PRIORS.names()) == set(TINY) == {case.type for case in CASES}
+
+
+# Likelihood ------------------------------------------------------------------------------------------------------
+@autoregressive
+def test_no_position_sees_itself_or_its_future(case: Case) -> None:
+    prior = case.build()
+    assert isinstance(prior, AutoregressivePrior)
+    codes = case.codes(1)
+    tables = prior.codes if isinstance(prior.codes, nn.ModuleList) else [prior.codes]
+    with Leaves(list(tables)) as leaves:
+        logits = prior.layout.join([each[..., :2] for each in prior.logits(codes, case.cond(1))])
+    length = len(prior.schedule)
+    seen = torch.zeros(length, length, dtype=torch.bool)
+    for i in range(length):
+        # The square, since a sum could cancel; allow_unused: place 0 sees no code at all.
+        gradients = torch.autograd.grad(logits[0, i].square().sum(), leaves.found, retain_graph=True, allow_unused=True)
+        filled = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradients, leaves.found, strict=True)]
+        seen[i] = prior.layout.join(filled)[0].abs().amax(1) > 0
+    assert not seen.triu().any()
+    expected = torch.ones(length, length).tril(-1).bool()
+    if case.type == "gpt":
+        assert torch.equal(seen, expected)
+    else:  # what a stack of this depth reaches; test_priors_pixelcnn.py shows that there is no blind spot within it
+        assert seen.sum() > length
+
+
+@every_case
+def test_the_likelihood_depends_on_the_label_and_on_every_upper_code(case: Case) -> None:
+    prior = case.build()
+    codes = case.codes(1)
+    if case.classes:
+        nll = [prior.nll(codes, Cond(label=torch.tensor([label]))) for label in range(case.classes)] + [prior.nll(codes)]
+        assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(nll) for b in nll[:i])
+    for level, spec in enumerate(prior.upper):
+        for position in range(spec.positions):
+            changed = [c.clone() for c in codes]
+            changed[level].view(1, -1)[0, position] += 1
+            changed[level] %= spec.vocab
+            assert (prior.nll(changed, case.cond(1)) - prior.nll(codes, case.cond(1))).abs().max() > 1e-4
+
+
+@autoregressive
+@torch.no_grad()
+def test_steps_give_the_logits_of_the_full_forward_and_nll_is_what_they_say(case: Case) -> None:
+    prior = case.build()
+    assert isinstance(prior, AutoregressivePrior)
+    n, codes, cond = 3, case.codes(3), case.cond(3)
+    start = prior.levels.start
+    full = prior.logits(codes, cond)
+    nll = prior.nll(codes, cond)
+    state, previous = prior.begin(n, codes[:start], cond), None
+    for i, (level, position) in enumerate(prior.schedule):
+        logits, state = prior.step(state, previous)
+        torch.testing.assert_close(logits, full[level - start][:, position], atol=2e-5, rtol=0)
+        previous = codes[level].flatten(1)[:, position]
+        torch.testing.assert_close(nll[:, i], -torch.log_softmax(logits, 1)[torch.arange(n), previous], atol=2e-5, rtol=0)
+
+
+@every_case
+def test_without_draws_the_loss_is_the_mean_of_the_samples_own(case: Case) -> None:
+    prior = case.build().double()
+    codes, cond = case.codes(5), case.cond(5)
+    loss, stats = prior(codes, cond)
+    alone = [prior([c[i : i + 1] for c in codes], None if cond is None else cond[i : i + 1])[0] for i in range(5)]
+    torch.testing.assert_close(loss, torch.stack(alone).mean(), atol=1e-12, rtol=0)
+    assert all(not s.requires_grad and s.ndim == 0 for s in stats.values())
+    if not prior.nll_is_bound:
+        torch.testing.assert_close(loss, prior.nll(codes, cond).mean(), atol=1e-12, rtol=0)
+        torch.testing.assert_close(stats["bits"], loss.detach() / math.log(2))
+
+
+# Training --------------------------------------------------------------------------------------------------------
+@every_case
+def test_every_parameter_gets_a_gradient(case: Case) -> None:
+    prior = case.build().train()
+    prior(case.codes(4), case.cond(4), StepRng(0, 0, torch.arange(4)))[0].backward()
+    assert [name for name, p in prior.named_parameters() if p.grad is None] == []
+
+
+@one_of_each
+def test_the_noise_of_training_is_a_function_of_seed_step_and_sample(case: Case) -> None:
+    noisy = Case(case.type, case.shapes, case.levels, case.classes, case.config | {"cond_dropout": 0.4, "corruption": 0.3, "dropout": 0.2})
+    prior = noisy.build().double().train()
+    codes, cond, index = noisy.codes(6), noisy.cond(6), torch.tensor([9, 4, 7, 1, 0, 3])
+    assert cond is not None
+
+    def loss(rows: slice, step: int = 5, seed: int = 2) -> torch.Tensor:
+        return prior([c[rows] for c in codes], cond[rows], StepRng(seed, step, index[rows]))[0]
+
+    whole = loss(slice(None))
+    torch.testing.assert_close((loss(slice(0, 2)) * 2 + loss(slice(2, 6)) * 4) / 6, whole, atol=1e-12, rtol=0)
+    for other in (loss(slice(None), step=6), loss(slice(None), seed=3), prior(codes, cond)[0]):
+        assert (other - whole).abs() > 1e-6
+    clean = noisy.build().double()
+    torch.testing.assert_close(clean(codes, cond)[0], prior.eval()(codes, cond)[0])
+
+
+@one_of_each
+def test_a_dropped_label_is_the_null(case: Case) -> None:
+    always = Case(case.type, case.shapes, case.levels, case.classes, case.config | {"cond_dropout": 0.999999})
+    prior = always.build().double()
+    codes = always.codes(4)
+    dropped = prior(codes, always.cond(4), StepRng(0, 0, torch.arange(4)))[0]
+    torch.testing.assert_close(dropped, prior(codes, None)[0], atol=0, rtol=0)
+
+
+@one_of_each
+def test_bf16_autocast_trains_as_float32_does(case: Case) -> None:
+    losses = {}
+    for cast in (False, True):
+        prior = case.build(noise=0.0).train()
+        optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-2)
+        codes, cond = case.codes(16), case.cond(16)
+        for step in range(60):
+            with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+                loss = prior(codes, cond, StepRng(0, step, torch.arange(16)))[0]
+            assert loss.dtype == torch.float32 and loss.isfinite()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses[cast] = prior(codes, cond)[0].item()
+    uniform = math.log(case.shapes[-1][0])
+    assert losses[True] < 0.8 * uniform and abs(losses[True] - losses[False]) < 0.1 * uniform
+
+
+# Sampling --------------------------------------------------------------------------------------------------------
+@every_case
+def test_a_sample_does_not_depend_on_the_batch_that_it_is_in(case: Case) -> None:
+    """Gate F4 for the priors."""
+    prior = case.build()
+    n = 64
+    everything, labels = case.codes(n), case.cond(n)
+    upper = everything[: prior.levels.start]
+    options = {"guidance": 2.0} if case.classes else {}
+
+    def drawn(order: torch.Tensor, batch: int) -> list[torch.Tensor]:
+        parts = []
+        for rows in order.split(batch):
+            cond = None if labels is None else labels[rows]
+            parts.append(prior.sample(rows + 1000, upper=[u[rows] for u in upper], cond=cond, seed=3, micro_batch=16, **options))
+        out = [torch.cat(level) for level in zip(*parts, strict=True)]
+        return [level[order.argsort()] for level in out]
+
+    ids = torch.arange(n)
+    expected = drawn(ids, n)
+    for level, spec in zip(expected, prior.own, strict=True):
+        assert level.shape == (n, *spec.shape) and level.dtype == torch.int64 and level.min() >= 0 and level.max() < spec.vocab
+        assert len(level.flatten(1).unique(dim=0)) > 1
+    shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(5))
+    for order, batch in ((ids, 7), (ids, 32), (ids.flip(0), n), (shuffled, 23), (ids, 1)):
+        assert all(torch.equal(a, b) for a, b in zip(drawn(order, batch), expected, strict=True)), f"batches of {batch}"
+
+
+@one_of_each
+def test_seed_and_id_decide_the_draws(case: Case) -> None:
+    prior = case.build()
+    upper = [c[:1].expand(8, *c.shape[1:]) for c in case.codes(1)[: prior.levels.start]]
+    cond = Cond(label=torch.zeros(8, dtype=torch.int64))
+    a, b, again = (prior.sample(torch.arange(8), upper=upper, cond=cond, seed=s) for s in (0, 1, 0))
+    huge = prior.sample(torch.tensor([2**62, -5, 0, 1, 2, 3, 4, 5]), upper=upper, cond=cond, seed=0)
+    assert all(torch.equal(x, y) for x, y in zip(a, again, strict=True))
+    assert any(not torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert all(torch.equal(x[2:], y[:6]) for x, y in zip(huge, a, strict=True))
+    assert len(torch.cat([x.flatten(1) for x in a], 1).unique(dim=0)) > 4
+
+
+@autoregressive
+def test_what_is_known_is_kept_and_the_rest_is_drawn_given_it(case: Case) -> None:
+    prior = case.build()
+    assert isinstance(prior, AutoregressivePrior)
+    n, start = 6, prior.levels.start
+    codes, cond = case.codes(n), case.cond(n)
+    upper, own = codes[:start], codes[start:]
+    length = len(prior.layout)
+    prefix = torch.arange(length)[None] < torch.tensor([0, 1, length // 2, length - 1, length, 3])[:, None]  # a length per sample
+    keep = [k.reshape(n, *level.shape) for k, level in zip(prior.layout.split(prefix), prior.own, strict=True)]
+    garbage = [torch.where(k, c, 10**6) for k, c in zip(keep, own, strict=True)]  # what is not kept is not looked at
+    free = prior.sample(torch.arange(n), upper=upper, cond=cond, seed=1)
+    out = prior.sample(torch.arange(n), upper=upper, cond=cond, seed=1, known=(garbage, keep))
+    for o, c, k in zip(out, own, keep, strict=True):
+        assert torch.equal(o[k], c[k])
+    assert all(torch.equal(o[0], f[0]) for o, f in zip(out, free, strict=True))  # nothing kept
+    again = prior.sample(torch.arange(n), upper=upper, cond=cond, seed=1, known=(free, keep))
+    assert all(torch.equal(a, f) for a, f in zip(again, free, strict=True))  # what it would have drawn anyway
+    hole = torch.ones(n, length, dtype=torch.bool)
+    hole[4, 1] = False
+    keep = [k.reshape(n, *level.shape) for k, level in zip(prior.layout.split(hole), prior.own, strict=True)]
+    with pytest.raises(ValueError, match="known: what is kept of sample 4 is no prefix of the order"):
+        prior.sample(torch.arange(n), upper=upper, cond=cond, known=(own, keep))
+
+
+@one_of_each
+def test_temperature_0_takes_the_most_probable_code_of_every_step(case: Case) -> None:
+    prior = case.build()
+    upper, cond = case.codes(4)[: prior.levels.start], case.cond(4)
+    a, b = (prior.sample(torch.arange(4), upper=upper, cond=cond, seed=s, temperature=0) for s in (0, 1))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    best = prior.logits([*upper, *a], cond)  # type: ignore[operator]
+    assert all(torch.equal(logits.argmax(-1), x.flatten(1)) for logits, x in zip(best, a, strict=True))
+
+
+@one_of_each
+def test_sampling_and_nll_leave_mode_and_gradients_alone(case: Case) -> None:
+    prior = case.build().train()
+    codes, cond = case.codes(2), case.cond(2)
+    drawn = prior.sample(torch.arange(2), upper=codes[: prior.levels.start], cond=cond)
+    prior.nll(codes, cond).sum().backward()
+    assert prior.training and not any(d.is_inference() for d in drawn)
+
+
+@one_of_each
+def test_logits_that_are_not_finite_are_an_error(case: Case) -> None:
+    prior = case.build()
+    next(iter(prior.parameters())).data.fill_(math.nan)
+    with pytest.raises(ValueError, match="logits of this .* prior are not finite"):
+        prior.sample(torch.arange(2), upper=case.codes(2)[: prior.levels.start], cond=case.cond(2))
+
+
+# Precision, saving -----------------------------------------------------------------------------------------------
+@every_case
+def test_float64_and_bf16_weights_work(case: Case) -> None:
+    prior = case.build()
+    codes, cond = case.codes(3), case.cond(3)
+    single = prior.nll(codes, cond)
+    wide = copy.deepcopy(prior).double()
+    assert wide.nll(codes, cond).dtype == torch.float64
+    torch.testing.assert_close(wide.nll(codes, cond), single.double(), atol=1e-4, rtol=0)
+    narrow = copy.deepcopy(prior).to(torch.bfloat16)
+    assert narrow.nll(codes, cond).dtype == torch.float32
+    torch.testing.assert_close(narrow.nll(codes, cond), single, atol=0.3, rtol=0.1)
+    for model in (wide, narrow):
+        drawn = model.sample(torch.arange(3), upper=codes[: prior.levels.start], cond=cond)
+        assert all(d.min() >= 0 and d.max() < level.vocab for d, level in zip(drawn, prior.own, strict=True))
+
+
+@every_case
+def test_a_saved_prior_loads_with_the_same_bits(case: Case, tmp_path: Path) -> None:
+    prior = case.build()
+    prior.save_pretrained(tmp_path)
+    loaded = Prior.from_pretrained(tmp_path)
+    assert type(loaded) is type(prior) and loaded.config == prior.config and loaded.spec == prior.spec
+    codes, cond = case.codes(3), case.cond(3)
+    assert torch.equal(loaded.nll(codes, cond), prior.nll(codes, cond))
+    ids, upper = torch.arange(3), codes[: prior.levels.start]
+    a, b = (model.sample(ids, upper=upper, cond=cond) for model in (loaded, prior))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert all(p.is_meta for p in build_on_meta(type(prior), prior.config, prior.spec).parameters())
+
+
+# Bad arguments ---------------------------------------------------------------------------------------------------
+@one_of_each
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": torch.zeros(0, dtype=torch.int64)}, r"ids: torch.int64 \(0,\); expected"),
+        ({"ids": torch.zeros(3)}, r"ids: torch.float32 \(3,\); expected"),
+        ({"ids": [0, 1, 2]}, "ids: a list; expected"),
+        ({"seed": -1}, "seed: -1; expected"),
+        ({"seed": 1.0}, "seed: 1.0; expected"),
+        ({"micro_batch": 0}, "micro_batch: 0; expected"),
+        ({"temperature": -1.0}, "temperature: -1.0; expected"),
+        ({"temperature": math.nan}, "temperature: nan; expected"),
+        ({"top_k": 0}, "top_k: 0; expected"),
+        ({"top_k": 10**6}, "top_k: 1000000; expected at most the vocabulary"),
+        ({"top_p": 0.0}, "top_p: 0.0; expected"),
+        ({"guidance": math.inf}, "guidance: inf; expected"),
+        ({"guidance": 2.0, "cond": None}, "guidance: 2.0 needs a label"),
+        ({"steps": 8}, "steps: .* has no such sampling option; it has "),
+        ({"cond": Cond(label=torch.tensor([0, 1, 99]))}, r"cond.label: values in \[0, 99\]; expected \[0, "),
+        ({"cond": Cond(label=torch.tensor([0, 1, -1]))}, r"cond.label: values in \[-1, 1\]; expected \[0, "),
+        ({"cond": Cond(label=torch.tensor([0, 1]))}, r"cond.label: torch.int64 \(2,\); expected torch.int64 \(3,\)"),
+        ({"cond": Cond(label=torch.zeros(3))}, "cond.label: torch.float32"),
+        ({"cond": Cond(text=torch.zeros(3, 2, 2))}, "cond.text: .* has no use for text"),
+        ({"upper": [torch.zeros(3, 9, 9, dtype=torch.int64)] * 7}, "upper: 7 levels of codes; expected"),
+        ({"known": ([], [])}, "known: 0 levels of codes and 0 masks"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_bad_arguments_are_refused_by_name(case: Case, change: dict, message: str) -> None:
+    prior = case.build()
+    arguments = {"ids": torch.arange(3), "upper": case.codes(3)[: prior.levels.start], "cond": case.cond(3)} | change
+    with pytest.raises(ValueError, match=message):
+        prior.sample(arguments.pop("ids"), **arguments)
+
+
+@every_case
+def test_wrong_codes_are_refused_with_level_and_values(case: Case) -> None:
+    prior = case.build()
+    codes, cond = case.codes(3), case.cond(3)
+    name, vocab = prior.own[-1].name, prior.own[-1].vocab
+    with pytest.raises(ValueError, match=f"codes: {len(codes) - 1} levels of codes; expected {len(codes)}"):
+        prior.nll(codes[:-1], cond)
+    with pytest.raises(ValueError, match=f"codes: level '{name}' is torch.int32"):
+        prior([*codes[:-1], codes[-1].int()], cond)
+    for wrong in (-1, vocab):
+        bad = codes[-1].clone()
+        bad.view(-1)[-1] = wrong
+        with pytest.raises(ValueError, match=rf"codes: level '{name}' holds values in .*; expected \[0, {vocab - 1}\]"):
+            prior.nll([*codes[:-1], bad], cond)
+    if prior.upper:
+        with pytest.raises(ValueError, match=r"upper: 0 levels of codes; expected \d \(level0"):
+            prior.sample(torch.arange(3), cond=cond)
+
+
+@one_of_each
+def test_conditions_that_training_did_not_have_are_refused(case: Case) -> None:
+    codes, upper = case.codes(2), case.codes(2)[: len(case.shapes) - 1]
+    always = Case(case.type, case.shapes, case.levels, case.classes, case.config | {"cond_dropout": 0.0}).build()
+    with pytest.raises(ValueError, match="cond: None, but this prior was trained with cond_dropout 0"):
+        always.nll(codes)
+    with pytest.raises(ValueError, match=r"guidance: 1.5; this prior was trained with cond_dropout 0 and has only 1"):
+        always.sample(torch.arange(2), upper=upper, cond=case.cond(2), guidance=1.5)
+    for never in (
+        Case(case.type, case.shapes, case.levels, 0, case.config),
+        Case(case.type, case.shapes, case.levels, case.classes, case.config | {"cond_dropout": 1.0}),
+    ):
+        prior = never.build()
+        with pytest.raises(ValueError, match=r"cond.label: this prior was trained without labels"):
+            prior.nll(codes, case.cond(2))
+        with pytest.raises(ValueError, match=r"guidance: 1.5; a prior without conditions has only 1"):
+            prior.sample(torch.arange(2), upper=upper, guidance=1.5)
+
+
+@one_of_each
+@pytest.mark.parametrize("levels", ["0:9", "1:1", "2:1"])
+def test_levels_outside_the_codes_are_refused_with_both(case: Case, levels: str) -> None:
+    with pytest.raises(ConfigError, match=rf"prior.levels: '{levels}' is no range within the \d levels of the codes"):
+        Case(case.type, case.shapes, levels, case.classes, case.config).build()
+
+
+@one_of_each
+@pytest.mark.parametrize("levels", ["1", "a:b", "1:", "-1:2"])
+def test_levels_that_are_no_range_are_refused(case: Case, levels: str) -> None:
+    with pytest.raises(ConfigError, match='levels: expected "start:stop"'):
+        PRIORS.config(case.type).from_dict({"levels": levels})

@@ -1,0 +1,227 @@
+"""pipelines.evaluate: the whole of it on a tiny pipeline, against its parts and by its command line."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from intarsia.config import ConfigError
+from pipelines.evaluate import EvaluateConfig, check_fit, evaluate_pipeline, main
+from pipelines.evaluation import train_features
+from pipelines.evaluation.baseline import IndependentCodes
+from pipelines.evaluation.bits import prior_bits
+from pipelines.evaluation.distances import fit_gaussian, frechet
+from pipelines.evaluation.features import CLASSIFIERS, ClassifierSpec, ConvClassifierConfig, FeatureModel
+from pipelines.evaluation.report import table
+from pipelines.evaluation.sets import ImageSet, balanced_labels, choose_rows, in_batches, measure, real_batches
+from stage1_tokenizer.data.arrays import ArraySplit
+from stage1_tokenizer.data.base import Source
+from stage1_tokenizer.data.bundled import BundledConfig
+from stage1_tokenizer.data.transform import TransformConfig
+from stage1_tokenizer.metrics import psnr, unit
+from tests import tiny_pipelines as tiny
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _ladder():
+    tiny.register_ladder()
+    yield
+    tiny.unregister_ladder()
+
+
+def blobs(n, seed, classes=4):
+    """(n, 1, 8, 8) uint8 images of ``classes`` kinds, and their labels."""
+    labels = torch.arange(n) % classes
+    u = torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+    place = (torch.arange(8)[None] // 2 == labels[:, None]).float()
+    return ((u * 0.4 + 0.6 * place[:, None, None, :]) * 255).to(torch.uint8), labels
+
+
+class Blobs(Source):
+    type_name = "blobs"
+
+    def __init__(self, train=120, validation=40, labelled=True, classes=tiny.CLASSES):
+        super().__init__(BundledConfig())
+        made = {"train": blobs(train, 0), "validation": blobs(validation, 1)}
+        splits = {
+            name: ArraySplit(x.numpy(), labels if labelled else None, TransformConfig(), torch.arange(len(x)))
+            for name, (x, labels) in made.items()
+        }
+        self.signal = tiny.tokenizer().signal
+        self._finish(splits, classes if labelled else ())
+
+
+def feature_model(classes=tiny.CLASSES):
+    torch.manual_seed(3)
+    spec = ClassifierSpec(tiny.tokenizer().signal, classes)
+    made = CLASSIFIERS.build(ConvClassifierConfig(name="tiny", widths=(4, 4, 8), features=6), spec).eval()
+    return FeatureModel(made, "tiny 0000", "0" * 64)
+
+
+def config(**changes):
+    return EvaluateConfig(n=60, bootstrap=10, k=3, **changes)
+
+
+@pytest.fixture(scope="module")
+def evaluated(_ladder):
+    pipeline, source = tiny.pipeline("gpt", micro_batch=16), Blobs()
+    return pipeline, source, evaluate_pipeline(pipeline, source, feature_model(), config())
+
+
+def test_the_figures_of_reconstruction_and_usage_are_those_of_the_parts(evaluated):
+    pipeline, source, found = evaluated
+    x = source.split("validation").batch(torch.arange(40))["x"]
+    codes = pipeline.tokenizer.encode(x)
+    y = unit(pipeline.tokenizer.decode(codes))
+    assert found.tree["reconstruction"]["psnr"] == pytest.approx(psnr(unit(x), y).mean().item(), abs=1e-9)
+    assert found.tree["codes"]["validation"][0]["used"] == codes[0].unique().numel()
+    assert found.tree["codes"]["train"][0]["codes"] == 120 * 16
+
+
+def test_the_bits_are_the_pipelines_likelihood_and_the_baselines(evaluated):
+    pipeline, source, found = evaluated
+    batch = source.split("validation").batch(torch.arange(40))
+    codes = pipeline.tokenizer.encode(batch["x"])
+    total = found.tree["bits"]["total"]
+    assert total["bits_per_image"] == pytest.approx(pipeline.bits_per_image(codes, batch["label"]).mean().item(), rel=1e-6)
+    assert total["bits_per_code"]["value"] == pytest.approx(total["bits_per_image"] / 16)
+    assert total["bits_per_dimension"] == pytest.approx(total["bits_per_image"] / 64)
+    train = source.split("train").batch(torch.arange(120))
+    baseline = IndependentCodes(pipeline.spec.levels, pipeline.tokenizer.encode(train["x"]), train["label"], 4)
+    expected = baseline.bits(codes, batch["label"])[0].mean().item()
+    assert total["baseline_bits_per_code"]["value"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_frechet_distances_are_those_of_the_very_samples(evaluated):
+    pipeline, source, found = evaluated
+    model, asked = feature_model(), balanced_labels(60, 4)
+    drawn = pipeline.sample(60, label=asked, seed=0)
+    rows = choose_rows(source.split("train"), 60, 0, 4)
+    real = fit_gaussian(model(unit(source.split("train").batch(rows)["x"]))[0])
+    figures = found.tree["samples"]
+    assert figures["frechet"]["samples"]["value"] == pytest.approx(frechet(real, fit_gaussian(model(drawn)[0])), rel=1e-5)
+    assert figures["frechet_ratio_to_baseline"]["value"] == pytest.approx(
+        figures["frechet"]["samples"]["value"] / figures["frechet"]["baseline"]["value"]
+    )
+    right = (model(drawn)[1] == asked).double().mean().item()
+    assert figures["agreement"]["samples"]["value"] == pytest.approx(right)
+    assert set(figures["agreement"]) == {"samples", "baseline", "reconstructions", "real"}
+
+
+def test_every_figure_says_which_features_how_many_images_and_which_seed(evaluated):
+    _, _, found = evaluated
+    tree = found.tree
+    assert tree["samples"]["features"] == {"name": "tiny 0000", "sha256": "0" * 64}
+    assert tree["samples"]["counts"] == {"reference": 60, "samples": 60, "baseline": 60, "reconstructions": 40, "real": 40}
+    assert tree["samples"]["precision_recall"]["count"] == 60 and tree["samples"]["precision_recall"]["k"] == 3
+    assert (tree["seed"], tree["split"], tree["reference"], tree["balanced"]) == (0, "validation", "train", True)
+    assert tree["memorisation"]["train_images"] == 120 and tree["memorisation"]["reconstructions"] == 40
+    json.dumps(tree, allow_nan=False)
+    text = table(tree)
+    manifolds = "precision, recall (tiny 0000, k = 3, 60 against 60), baseline"
+    for words in ("FD (tiny 0000)", manifolds, "label agreement (tiny 0000)", "60 train images"):
+        assert words in text
+
+
+def test_the_same_seed_gives_the_same_figures_and_another_does_not(evaluated):
+    pipeline, source, found = evaluated
+    again = evaluate_pipeline(pipeline, source, feature_model(), config())
+    assert again.tree == found.tree
+    other = evaluate_pipeline(pipeline, source, feature_model(), config(seed=1))
+    assert other.tree["samples"]["frechet"] != found.tree["samples"]["frechet"]
+    assert other.tree["reconstruction"] == found.tree["reconstruction"]
+
+
+def test_two_levels_and_two_priors_add_up(evaluated):
+    pipeline = tiny.pipeline("ladder", micro_batch=16)
+    source = Blobs()
+    found = evaluate_pipeline(pipeline, source, feature_model(), config(split="validation", reference="validation", balanced=False))
+    parts = found.tree["bits"]["priors"]
+    assert [part["levels"] for part in parts] == ["top", "bottom"] and [part["codes"] for part in parts] == [4, 16]
+    assert sum(part["bits_per_image"] for part in parts) == pytest.approx(found.tree["bits"]["total"]["bits_per_image"])
+    batch = source.split("validation").batch(torch.arange(40))
+    codes = pipeline.tokenizer.encode(batch["x"])
+    bits = torch.stack(prior_bits(pipeline, codes, batch["label"])).sum(0)
+    assert torch.allclose(bits, pipeline.nll(codes, batch["label"]) / math.log(2), rtol=1e-6)
+    assert "real" not in found.tree["samples"]["frechet"]  # the same images as the reference
+    assert found.tree["samples"]["counts"]["reference"] == 40
+
+
+def test_unlabelled_data_and_a_prior_without_labels_leave_out_agreement():
+    pipeline = tiny.pipeline("gpt", labelled=False, micro_batch=16)
+    found = evaluate_pipeline(pipeline, Blobs(labelled=False), feature_model(), config())
+    assert "agreement" not in found.tree["samples"] and found.tree["balanced"] is False
+    labelled = evaluate_pipeline(pipeline, Blobs(), feature_model(), config())
+    assert "agreement" not in labelled.tree["samples"]
+    assert "frechet" in found.tree["samples"] and math.isfinite(found.tree["bits"]["total"]["bits_per_image"])
+
+
+def test_a_feature_model_of_other_classes_leaves_out_agreement(evaluated):
+    pipeline, source, _ = evaluated
+    found = evaluate_pipeline(pipeline, source, feature_model(("x", "y")), config())
+    assert "agreement" not in found.tree["samples"] and "recall" in found.tree["samples"]["precision_recall"]["samples"]
+
+
+def test_data_of_another_pipeline_are_refused():
+    pipeline = tiny.pipeline("gpt")
+    with pytest.raises(ValueError, match="data: the classes are a, b, c, d; the pipeline knows shoe, bag, Shirt, dress"):
+        check_fit(pipeline, Blobs(classes=("a", "b", "c", "d")))
+    source = Blobs()
+    source.signal = source.signal.__class__("image", 1, (12, 8))
+    with pytest.raises(ValueError, match="data: the signals are"):
+        check_fit(pipeline, source)
+
+
+def test_reference_rows_hold_the_classes_in_turn_and_too_few_are_named():
+    split = Blobs().split("train")
+    rows = choose_rows(split, 30, 0, 4)
+    assert split.labels[rows].tolist() == balanced_labels(30, 4).tolist() and rows.unique().numel() == 30
+    assert not torch.equal(rows, choose_rows(split, 30, 1, 4))
+    assert choose_rows(split, 500, 0, 4).sort().values.tolist() == list(range(120))
+    with pytest.raises(ValueError, match="reference: 100 balanced images need 20 of class 4, there are 0"):
+        choose_rows(split, 100, 0, 5)
+
+
+def test_sets_are_measured_in_batches_and_keep_only_what_they_are_asked_for():
+    model, split = feature_model(), Blobs(train=300).split("train")
+    x = unit(split.batch(torch.arange(300))["x"])
+    found = measure("real", real_batches(split), model, pixels=True, images=7)
+    assert isinstance(found, ImageSet) and len(found) == 300 and torch.equal(found.features, model(x)[0])
+    assert found.images.dtype == torch.uint8 and torch.equal(found.images, (x[:7] * 255).round().to(torch.uint8))
+    streamed = measure("samples", in_batches(enumerate(x), split.labels), model)
+    assert torch.equal(streamed.features, found.features) and torch.equal(streamed.labels, split.labels)
+    assert streamed.pixels is None and streamed.images is None
+    with pytest.raises(ValueError, match="the set holds no images"):
+        measure("none", [], model)
+
+
+def write_idx(path, array):
+    path.write_bytes(bytes([0, 0, 8, array.ndim]) + b"".join(int(n).to_bytes(4, "big") for n in array.shape) + array.tobytes())
+
+
+def test_the_commands_work_end_to_end_on_other_data(tmp_path, capsys, monkeypatch):
+    for name, n in (("train", 120), ("t10k", 40)):
+        x, labels = blobs(n, n)
+        write_idx(tmp_path / f"{name}-images-idx3-ubyte", x[:, 0].numpy())
+        write_idx(tmp_path / f"{name}-labels-idx1-ubyte", labels.numpy().astype(np.uint8))
+    data = ["--data.type", "idx", "--data.root", str(tmp_path), "--data.classes", "[shoe, bag, Shirt, dress]"]
+    small = ["--classifier.widths", "[4, 4, 8]", "--classifier.features", "6", "--steps", "20", "--batch_size", "16"]
+    monkeypatch.setattr("sys.argv", ["train_features", *data, *small, "--name", "blobs", "--out", str(tmp_path / "features")])
+    train_features.main()
+    tiny.pipeline("pixelcnn", micro_batch=16).save_pretrained(tmp_path / "pipeline")
+    few = ["--n", "40", "--bootstrap", "5", "--split", "test", "--temperature", "0.9", "--device", "cpu"]
+    place = ["--pipeline", str(tmp_path / "pipeline"), "--features", str(tmp_path / "features"), "--out", str(tmp_path / "out")]
+    main([*place, *data, *few])
+    shown = capsys.readouterr().out
+    tree = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert tree["sampling"] == {"temperature": 0.9} and tree["samples"]["features"]["name"].startswith("blobs ")
+    assert f"FD ({tree['samples']['features']['name']})" in shown and tree["reconstruction"]["samples"] == 40
+    for name in ("samples.png", "baseline.png", "nearest.png"):
+        assert Image.open(tmp_path / "out" / name).width > 100
+    with pytest.raises(ConfigError, match="an evaluation has no steps"):
+        main([*place, *data, "--max_steps", "2"])

@@ -1,0 +1,168 @@
+"""python -m pipelines.sample: files of samples, and one-line errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from intarsia.cli import run_main
+from intarsia.pictures import mosaic
+from pipelines import TwoStagePipeline, sample
+from pipelines.outputs import to_uint8
+from tests import tiny_pipelines as tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("script") / "pipeline"
+    tiny.pipeline("gpt", micro_batch=8).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder: Path) -> TwoStagePipeline:
+    return TwoStagePipeline.from_pretrained(folder)
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def pixels(path: str | Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def test_a_png_holds_the_grid_of_the_samples(folder: Path, pipeline: TwoStagePipeline, tmp_path: Path, capsys: Any) -> None:
+    sample.main(["--pipeline", str(folder), "--n", "6", "--seed", "4", "--columns", "3", "--label", "bag", "--out", "new/grid.png"])
+    expected = mosaic(pipeline.sample(6, seed=4, label="bag"), 3)
+    assert np.array_equal(pixels("new/grid.png"), np.asarray(expected))
+    assert capsys.readouterr().out == "6 samples of seed 4: new/grid.png\n"
+
+
+def test_an_npz_holds_bytes_labels_and_indices(folder: Path, pipeline: TwoStagePipeline) -> None:
+    sample.main(["--pipeline", str(folder), "--n", "5", "--first", "20", "--seed", "4", "--out", "part.npz", "--batch_size", "2"])
+    with np.load("part.npz") as arrays:
+        assert np.array_equal(arrays["images"], to_uint8(pipeline.sample(25, seed=4)[20:])) and arrays["images"].shape == (5, 8, 8, 1)
+        assert arrays["index"].tolist() == [20, 21, 22, 23, 24]
+        assert arrays["label"].tolist() == pipeline.labels(5, first=20, seed=4).tolist()
+
+
+def test_a_folder_holds_a_picture_per_sample_and_what_they_are(folder: Path, pipeline: TwoStagePipeline) -> None:
+    sample.main(["--pipeline", str(folder), "--n", "4", "--first", "3", "--label", "all", "--temperature", "0.5", "--out", "set"])
+    facts = json.loads(Path("set/samples.json").read_text())
+    assert sorted(p.name for p in Path("set").iterdir()) == [f"{i:06d}.png" for i in (3, 4, 5, 6)] + ["samples.json"]
+    assert facts["label"] == [0, 1, 2, 3] and facts["temperature"] == 0.5 and facts["classes"] == list(tiny.CLASSES)
+    rows = torch.stack([x for _, x in pipeline.stream(4, first=3, label=[0, 1, 2, 3], temperature=0.5, seed=facts["seed"])])
+    assert np.array_equal(np.stack([pixels(f"set/{i:06d}.png") for i in (3, 4, 5, 6)]), to_uint8(rows)[..., 0])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("", None), ("2", [2] * 5), ("shirt", [2] * 5), ("all", [0, 1, 2, 3, 0]), ("bag, 3", [1, 3, 1, 3, 1])],
+)
+def test_labels_are_dealt_in_turn(text: str, expected: list[int] | None) -> None:
+    assert sample.labels_of(text, tiny.CLASSES, 5) == expected
+
+
+def test_a_class_name_comes_before_an_index_a_list_or_all() -> None:
+    assert sample.labels_of("7", ("3", "7", "a,b", "all"), 1) == [1]
+    assert sample.labels_of("a,b", ("3", "7", "a,b", "all"), 1) == [2]
+    assert sample.labels_of("all", ("3", "7", "a,b", "all"), 1) == [3]
+
+
+def test_without_a_pipeline_the_bundled_one_is_asked_for(monkeypatch: Any, pipeline: TwoStagePipeline) -> None:
+    monkeypatch.setattr(TwoStagePipeline, "bundled", classmethod(lambda cls: pipeline))
+    sample.main(["--n", "1"])
+    assert Path("grid.png").is_file()
+
+
+def test_check_looks_at_everything_and_writes_nothing(folder: Path, tmp_path: Path) -> None:
+    sample.main(["--pipeline", str(folder), "--check"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def files(folder: Path) -> None:
+    Path("full").mkdir()
+    Path("full/x").write_text("")
+    Path("dir.png").mkdir()
+    Path("file").write_text("")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--n", "0"], "n: "),
+        (["--n", "2.5"], "n: "),
+        (["--m", "2"], "--m: unknown key"),
+        (["--temperature", "-1"], "temperature: -1"),
+        (["--top_k", "17"], "top_k: 17; expected at most the vocabulary, 16"),
+        (["--top_p", "0"], "top_p: 0"),
+        (["--seed", "-1"], "seed: "),
+        (["--label", "sho"], "label: unknown class 'sho'; did you mean 'shoe'?"),
+        (["--label", "bag,9"], "label: 9 is out of range; expected 0 to 3"),
+        (["--label", "-1"], "label: -1 is out of range"),
+        (["--out", "x.jpg"], "out: 'x.jpg' ends with '.jpg'; expected .png, .npz, or a folder (x.jpg/)"),
+        (["--out", "full"], "out: full is a folder that holds files already; expected a new or empty folder"),
+        (["--out", "file"], "out: file is a file; expected a new or empty folder"),
+        (["--out", "dir.png"], "out: dir.png is a folder"),
+        (["--out", "file/x.png"], "is a file; file/x.png cannot be written"),
+        (["--device", "gpu"], "device: 'gpu' cannot be used: "),
+        (["--max_steps", "3"], "--max_steps: pipelines.sample has no use for it"),
+        (["--dry_run"], "--dry_run: pipelines.sample has no use for it"),
+        (["--pipeline", "nowhere"], "'nowhere' is neither a folder nor a Hub id"),
+        (["--pipeline", "full"], "full/pipeline.json: there is no such file"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(folder: Path, capsys: Any, monkeypatch: Any, arguments: list[str], message: str) -> None:
+    files(folder)
+    monkeypatch.setattr(TwoStagePipeline, "_draw", lambda *a: pytest.fail("a sample was drawn"))
+    before = sorted(Path.cwd().rglob("*"))
+    given = arguments if "--pipeline" in arguments else ["--pipeline", str(folder), *arguments]
+    with pytest.raises(SystemExit) as exit:
+        run_main(lambda: sample.main(given))
+    lines = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2 and len(lines) == 1 and message in lines[0], lines
+    assert sorted(Path.cwd().rglob("*")) == before
+
+
+def test_a_folder_that_cannot_be_written_is_named(folder: Path, monkeypatch: Any) -> None:
+    Path("locked").mkdir()
+    monkeypatch.setattr(sample.os, "access", lambda path, mode: "locked" not in str(path))
+    with pytest.raises(sample.UserError, match="locked is not writable; locked/x.png cannot be written"):
+        sample.main(["--pipeline", str(folder), "--out", "locked/x.png"])
+
+
+def test_several_processes_are_refused(folder: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(sample.UserError, match="WORLD_SIZE: 2 processes; pipelines.sample runs as one"):
+        sample.main(["--pipeline", str(folder)])
+
+
+HEAVY = "transformers datasets wandb matplotlib torchvision accelerate sklearn scipy"
+CODE = """
+import runpy, sys
+sys.argv = ["pipelines.sample", *sys.argv[1:]]
+runpy.run_module("pipelines.sample", run_name="__main__", alter_sys=True)
+found = sorted(set({heavy!r}.split()) & set(sys.modules))
+assert not found, found
+"""
+
+
+def test_the_script_samples_without_a_heavy_import(folder: Path, root: Path) -> None:
+    code = CODE.format(heavy=HEAVY)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--pipeline", str(folder), "--n", "4", "--out", str(Path.cwd() / "grid.png")],
+        cwd=root, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert pixels("grid.png").shape[2] == 3

@@ -1,0 +1,124 @@
+"""The trunk: causality, cache, rotary positions, and equality with an independent implementation."""
+
+import pytest
+import torch
+
+from stage2_prior.transformer import Transformer, attend, rotary_tables, rotate
+
+
+def trunk(seed: int = 0, width: int = 24, depth: int = 3, heads: int = 3) -> Transformer:
+    torch.manual_seed(seed)
+    module = Transformer(width, depth, heads).eval()
+    for parameter in module.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return module
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@torch.no_grad()
+def test_the_cached_trunk_equals_the_uncached_one(axes: int) -> None:
+    module = trunk(width=36)
+    x = torch.randn(2, 10, 36)
+    rotary = rotary_tables(torch.randint(0, 9, (10, axes)).double(), 12)
+    rotary = (rotary[0].float(), rotary[1].float())
+    full = module(x, rotary)
+    cache = module.cache(2, 10, x.device, x.dtype)
+    first = module(x[:, :4], (rotary[0][:4], rotary[1][:4]), cache)  # several places at once, then one by one
+    parts = [first] + [module(x[:, i : i + 1], (rotary[0][i : i + 1], rotary[1][i : i + 1]), cache) for i in range(4, 10)]
+    torch.testing.assert_close(torch.cat(parts, 1), full, atol=2e-6, rtol=0)
+    assert cache.length == 10
+
+
+def test_several_places_after_the_first_call_are_refused() -> None:
+    module = trunk()
+    cache = module.cache(1, 8, torch.device("cpu"), torch.float32)
+    module(torch.randn(1, 2, 24), cache=cache)
+    with pytest.raises(ValueError, match="cache: 3 places at once after 2"):
+        module(torch.randn(1, 3, 24), cache=cache)
+
+
+def test_no_place_sees_its_future() -> None:
+    module = trunk()
+    x = torch.randn(1, 7, 24, requires_grad=True)
+    y = module(x)
+    for i in range(7):
+        (gradient,) = torch.autograd.grad(y[0, i].square().sum(), x, retain_graph=True)
+        reached = gradient[0].abs().amax(1) > 0
+        assert reached.tolist() == [j <= i for j in range(7)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("causal", [True, False])
+def test_explicit_attention_in_half_precision_is_the_attention_of_float32(dtype: torch.dtype, causal: bool) -> None:
+    q, k, v = (torch.randn(2, 3, 11, 8).to(dtype) for _ in range(3))
+    expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=causal)
+    got = attend(q, k, v, causal)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), expected, atol=4 * torch.finfo(dtype).eps, rtol=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_rotary_scores_depend_on_differences_of_coordinates_alone(axes: int) -> None:
+    q, k = torch.randn(1, 12, dtype=torch.float64), torch.randn(1, 12, dtype=torch.float64)
+
+    def score(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (rotate(q, rotary_tables(a[None].double(), 12)) * rotate(k, rotary_tables(b[None].double(), 12))).sum()
+
+    a, b, shift = torch.tensor([3, 1, 4][:axes]), torch.tensor([2, 7, 1][:axes]), torch.tensor([5, 9, 2][:axes])
+    torch.testing.assert_close(score(a + shift, b + shift), score(a, b))
+    for axis in range(axes):  # and every axis matters
+        assert (score(a + shift * (torch.arange(axes) == axis), b) - score(a, b)).abs() > 1e-3
+
+
+def test_a_head_too_small_for_the_axes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"prior.heads: .*>= 6; got 4"):
+        rotary_tables(torch.zeros(1, 3), 4)
+    with pytest.raises(ValueError, match=r"prior.width: 10 is no multiple of prior.heads, 3"):
+        Transformer(10, 1, 3)
+
+
+def test_dropout_factors_scale_the_branches_of_their_own_sample() -> None:
+    module = trunk()
+    x = torch.randn(2, 5, 24)
+    keep = torch.ones(2, 3, 2, 24)
+    torch.testing.assert_close(module(x, keep=keep), module(x))
+    keep[1] = 0  # all branches off: only the last norm remains
+    y = module(x, keep=keep)
+    torch.testing.assert_close(y[0], module(x)[0])
+    torch.testing.assert_close(y[1], module.norm(x[1]))
+
+
+@torch.no_grad()
+def test_the_trunk_equals_transformers_llama() -> None:
+    from transformers import LlamaConfig, LlamaModel
+
+    width, depth, heads = 48, 2, 4
+    module = trunk(width=width, depth=depth, heads=heads)
+    hidden = module.blocks[0].feed_forward.down.in_features
+    peer = LlamaModel(
+        LlamaConfig(
+            vocab_size=2, hidden_size=width, intermediate_size=hidden, num_hidden_layers=depth, num_attention_heads=heads, rms_norm_eps=1e-6
+        )
+    ).eval()
+    state = {"embed_tokens.weight": torch.zeros(2, width), "norm.weight": module.norm.weight}
+    for i, block in enumerate(module.blocks):
+        q, k, v = block.attention.qkv.weight.chunk(3)
+        gate, up = block.feed_forward.gate_up.weight.chunk(2)
+        names = {
+            "self_attn.q_proj": q,
+            "self_attn.k_proj": k,
+            "self_attn.v_proj": v,
+            "self_attn.o_proj": block.attention.out.weight,
+            "mlp.gate_proj": gate,
+            "mlp.up_proj": up,
+            "mlp.down_proj": block.feed_forward.down.weight,
+            "input_layernorm": block.attention_norm.weight,
+            "post_attention_layernorm": block.feed_forward_norm.weight,
+        }
+        state |= {f"layers.{i}.{name}.weight": weight for name, weight in names.items()}
+    peer.load_state_dict(state)
+    x = torch.randn(2, 9, width)
+    rotary = tuple(t.float() for t in rotary_tables(torch.arange(9, dtype=torch.float64)[:, None], width // heads))
+    expected = peer(inputs_embeds=x).last_hidden_state
+    torch.testing.assert_close(module(x, rotary), expected, atol=1e-5, rtol=0)

@@ -3,13 +3,17 @@ VENV ?= .venv
 JOBS ?= 2
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+# macOS: tests fork
+export OBJC_DISABLE_INITIALIZE_FORK_SAFETY := YES
 # one thread per process: bits depend on the number of threads, and two busy pools on two cores are slower than one each
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 PARALLEL := -n $(JOBS) --dist loadfile
 
 # the first Python of at least 3.11 that truly starts and can make environments
-FIND_PYTHON := for p in "$${PYTHON:-python3.12}" python3.12 python3.11 python3.13 python3.14 python3 python; do \
+FIND_PYTHON := for p in $${PYTHON:-python3.12 python3.11 python3.13 python3.14 python3 python}; do \
 	"$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done
+
+BENCHMARKS := $(filter-out __init__ common,$(basename $(notdir $(wildcard benchmarks/*.py))))
 
 .PHONY: help quickstart test faults test-slow test-gpu check bench
 .DEFAULT_GOAL := help
@@ -37,7 +41,7 @@ check: $(STAMP) ## ruff and mypy
 	$(PY) -m mypy
 
 bench: $(STAMP) ## every benchmark; the last line of each is JSON
-	@set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(PY) "$$script"; done
+	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(PY) -m "benchmarks.$$name"; done
 
 $(STAMP): pyproject.toml constraints.txt
 	@python=$$($(FIND_PYTHON)); \

@@ -12,7 +12,6 @@ import operator
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -112,10 +111,9 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def report(benchmark: str, rows: Sequence[Row], *packages: str) -> None:
-    """A table on stdout, then the one line of JSON. Exits with 1 where a goal is missed."""
+    """A table on stdout, then the one line of JSON, in which ``holds`` tells whether a goal is met."""
     for r in rows:
         goal = "" if r.goal is None else f"   goal {r.goal}: {'holds' if r.holds else 'MISSED'}"
         print(f"{r.case:<48} {r.value:>14,.4g} {r.unit}{goal}")
     tree = {"benchmark": benchmark, "rows": [asdict(r) for r in rows], "machine": machine(), "versions": versions(*packages)}
     print(json.dumps(tree), flush=True)
-    sys.exit(1 if any(r.holds is False for r in rows) else 0)

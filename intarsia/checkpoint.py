@@ -7,7 +7,6 @@ fsynced; only then are older ones removed. A crash at any point leaves the previ
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import itertools
 import json
@@ -22,6 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from intarsia.disk import why_not_written
 from intarsia.files import fsync_path
 from intarsia.tensor_files import DTYPES, TensorFileError, read_header, read_into
 
@@ -72,10 +72,7 @@ def save_checkpoint(folder: Path, step: int, state: State, meta: Mapping[str, An
         fsync_path(folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise CheckpointError(f"{final}: could not be written: {error.strerror or error}") from error
-        free = shutil.disk_usage(folder).free
-        raise CheckpointError(f"{final}: {os.strerror(error.errno)}: {needed} bytes are needed, {free} are free") from error
+        raise CheckpointError(why_not_written(error, final, needed)) from error
     _rotate(folder, step, keep)
     return final
 

@@ -176,7 +176,7 @@ def run_main(main: Callable[[], Any]) -> None:
         if "--debug" in sys.argv:
             raise
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(1.0)
+            time.sleep(3.0)
         place = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
         for line in str(error).splitlines() or [repr(error)]:
             print(f"error: {line}{place}", file=sys.stderr, flush=True)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from intarsia.codes_format import CodesError, Manifest, read_manifest, read_shard, shard_ranges
-from intarsia.codes_writer import CodesWriter, SplitPlan
+from intarsia.codes_plan import SplitPlan
+from intarsia.codes_writer import CodesWriter
 from intarsia.distributed import Comm
 from intarsia.specs import CodesSpec, LevelSpec, SignalSpec, TokenizerSpec
 

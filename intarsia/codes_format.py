@@ -23,6 +23,7 @@ from intarsia.specs import CodesSpec, LevelSpec, SignalSpec
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 FORMAT = "codes/1"
 MANIFEST = "codes.json"
@@ -141,6 +142,7 @@ class ShardRange:
 
 
 def shard_ranges(split: str, rows: int, shard_rows: int) -> list[ShardRange]:
+    """The shards of a split, in order."""
     return [ShardRange(split, i, start, min(start + shard_rows, rows)) for i, start in enumerate(range(0, rows, shard_rows))]
 
 
@@ -228,15 +230,11 @@ def read_shard(path: Path, entry: ShardEntry, levels: Sequence[LevelSpec], split
     if found != entry.sha256:
         raise CodesError(f"{path}: sha256 {found}; {MANIFEST} says {entry.sha256}")
     try:
-        table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
+        file = pq.ParquetFile(pa.BufferReader(content))
+        _check_layout(file, path, entry, levels, split)
+        table = file.read(use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise CodesError(f"{path}: no readable parquet file: {str(error).splitlines()[0]}") from None
-    if table.num_rows != entry.rows:
-        raise CodesError(f"{path}: {table.num_rows} rows; {MANIFEST} says {entry.rows}")
-    wanted = {f"codes_{i}" for i in range(len(levels))} | {"index", "view"}
-    wanted |= {name for name, there in (("label", split.labelled), ("caption", split.captioned)) if there}
-    if set(table.column_names) != wanted:
-        raise CodesError(f"{path}: columns {sorted(table.column_names)}; expected {sorted(wanted)}")
     for name in table.column_names:
         if table[name].null_count:
             raise CodesError(f"{path}: column {name!r} has {table[name].null_count} missing values; expected none")
@@ -247,20 +245,35 @@ def read_shard(path: Path, entry: ShardEntry, levels: Sequence[LevelSpec], split
     return ShardRows(codes, index, view, label, table["caption"].to_pylist() if split.captioned else None)
 
 
+def _check_layout(file: pq.ParquetFile, path: Path, entry: ShardEntry, levels: Sequence[LevelSpec], split: SplitEntry) -> None:
+    """Rows, columns and the lengths of the lists, from the footer: what bounds the memory that reading will take."""
+    import pyarrow as pa
+
+    if file.metadata.num_rows != entry.rows:
+        raise CodesError(f"{path}: {file.metadata.num_rows} rows; {MANIFEST} says {entry.rows}")
+    wanted = {f"codes_{i}" for i in range(len(levels))} | {"index", "view"}
+    wanted |= {name for name, there in (("label", split.labelled), ("caption", split.captioned)) if there}
+    schema = file.schema_arrow
+    if sorted(schema.names) != sorted(wanted):
+        raise CodesError(f"{path}: columns {sorted(schema.names)}; expected {sorted(wanted)}")
+    for i, level in enumerate(levels):
+        kind = schema.field(f"codes_{i}").type
+        if not pa.types.is_fixed_size_list(kind) or kind.list_size != level.positions:
+            grid = f"level {level.name!r} has a grid of {level.shape}, expected lists of {level.positions}"
+            raise CodesError(f"{path}: codes_{i}: {kind}; {grid}")
+
+
 def _codes(column: pa.ChunkedArray, level: LevelSpec, where: str) -> np.ndarray:
     import pyarrow as pa
 
     wanted = pa.from_numpy_dtype(code_dtype(level.vocab))
-    kind = column.type
-    if not pa.types.is_fixed_size_list(kind) or kind.list_size != level.positions:
-        raise CodesError(f"{where}: {kind}; level {level.name!r} has a grid of {level.shape}, expected lists of {level.positions}")
     flat = column.combine_chunks().flatten()
-    if kind.value_type != wanted:
-        small = pa.types.is_unsigned_integer(kind.value_type) and kind.value_type.bit_width < wanted.bit_width
+    if flat.type != wanted:
+        small = pa.types.is_unsigned_integer(flat.type) and flat.type.bit_width < wanted.bit_width
         why = f", which is too small for vocab {level.vocab}" if small else ""
-        if pa.types.is_signed_integer(kind.value_type) and len(flat) and (low := int(flat.to_numpy().min())) < 0:
+        if pa.types.is_signed_integer(flat.type) and len(flat) and (low := int(flat.to_numpy().min())) < 0:
             why = f" and holds {low}"
-        raise CodesError(f"{where}: dtype {kind.value_type}{why}; level {level.name!r} needs {wanted}")
+        raise CodesError(f"{where}: dtype {flat.type}{why}; level {level.name!r} needs {wanted}")
     values: np.ndarray = flat.to_numpy().reshape(-1, level.positions)
     if len(flat) and (high := int(values.max())) >= level.vocab:
         row = int((values >= level.vocab).any(1).argmax())

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ import numpy as np
 from torch import Tensor
 
 from intarsia.codes_format import (
-    FORMAT,
     MANIFEST,
     CodesError,
     Manifest,
@@ -28,22 +25,13 @@ from intarsia.codes_format import (
     shard_ranges,
     write_table,
 )
+from intarsia.codes_plan import SplitPlan, first_difference, plan_of, plan_tree
 from intarsia.distributed import Comm, comm
 from intarsia.files import json_bytes, read_json, write_atomic
 from intarsia.lock import RunLock
 from intarsia.specs import LevelSpec, SignalSpec, to_plain
 
 WORK, PLAN, FACTS = ".dump", "plan.json", ".facts.json"  # while a dump runs: its plan, and what each shard that is done holds
-
-
-@dataclass(frozen=True)
-class SplitPlan:
-    """What a split will hold: ``samples * views`` rows."""
-
-    samples: int
-    views: int = 1
-    labelled: bool = False
-    captioned: bool = False
 
 
 class CodesWriter:
@@ -81,34 +69,10 @@ class CodesWriter:
         shard_rows: int = 4096,
         comm: Comm = comm,
     ) -> None:
-        if shard_rows < 1:
-            raise CodesError(f"shard_rows: {shard_rows} must be positive")
-        if not splits:
-            raise CodesError("splits: there must be at least one")
-        for name, plan in splits.items():
-            if not name.isidentifier():
-                raise CodesError(f"splits: {name!r} is no name such as 'train'")
-            if plan.samples < 1 or plan.views < 1:
-                raise CodesError(f"split {name!r}: {plan.samples} samples in {plan.views} views; both must be positive")
-            if plan.labelled and not classes:
-                raise CodesError(f"split {name!r}: is labelled, but there are no classes")
+        self.plan = plan_tree(levels, signal, tokenizer, splits, classes, data or {}, shard_rows)
         self.folder, self.levels, self.splits, self.comm = Path(folder), tuple(levels), dict(splits), comm
         self.classes = tuple(classes)
         self._shards = [s for name, p in splits.items() for s in shard_ranges(name, p.samples * p.views, shard_rows)]
-        self.plan = json.loads(
-            json_bytes(
-                {
-                    "format": FORMAT,
-                    "levels": [to_plain(level) for level in levels],
-                    "signal": to_plain(signal),
-                    "tokenizer": dict(tokenizer),
-                    "classes": list(classes),
-                    "data": dict(data or {}),
-                    "shard_rows": shard_rows,
-                    "splits": {name: to_plain(plan) for name, plan in splits.items()},
-                }
-            )
-        )
         self._lock: RunLock | None = None
         self.complete = self._is_complete()
         comm.barrier()  # all have looked before one changes anything
@@ -120,7 +84,7 @@ class CodesWriter:
     def _is_complete(self) -> bool:
         """True where this very dump is there; an error where another is."""
         if (self.folder / MANIFEST).exists():
-            difference = _difference(_plan_of(read_manifest(self.folder)), self.plan)
+            difference = first_difference(plan_of(read_manifest(self.folder)), self.plan)
             if difference:
                 path, there, here = difference
                 what = "another tokenizer" if path == "tokenizer.fingerprint" else "something else"
@@ -134,7 +98,10 @@ class CodesWriter:
 
     def _prepare(self) -> None:
         work = self.folder / WORK
-        work.mkdir(parents=True, exist_ok=True)
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CodesError(f"out: {self.folder} cannot be written to: {error.strerror}") from error
         self._lock = RunLock(work)
         weakref.finalize(self, self._lock.release)  # where a dump is given up without close
         for left in self.folder.rglob(".tmp-*"):
@@ -212,11 +179,13 @@ class CodesWriter:
     def close(self) -> Manifest:
         """Waits for all ranks; the first reads every shard once more, counts, and writes ``codes.json``. Returns the manifest.
 
-        Raises CodesError where a shard was not written.
+        Raises CodesError where a shard was not written, or, of a dump that was complete before, is damaged.
         """
         self.comm.barrier()
         if self.comm.rank == 0:
-            if not self.complete:
+            if self.complete:
+                self._count(read_manifest(self.folder).splits)
+            else:
                 write_atomic(self.folder / MANIFEST, json_bytes(self._manifest().to_dict()))
             shutil.rmtree(self.folder / WORK, ignore_errors=True)  # also what a dump that was killed right here left
             if self._lock is not None:
@@ -225,48 +194,38 @@ class CodesWriter:
         return read_manifest(self.folder)
 
     def _manifest(self) -> Manifest:
-        class_counts = np.zeros(len(self.classes), np.int64)
         splits = []
         for name, plan in self.splits.items():
             entries = []
-            counts = [np.zeros(level.vocab, np.int64) for level in self.levels]
-            bare = SplitEntry(name=name, **to_plain(plan), usage=(), perplexity=(), shards=())
             for shard in (s for s in self._shards if s.split == name):
                 if not self._facts_path(shard).exists():
                     raise CodesError(f"{self.folder / shard.file}: the shard was not written")
-                entry = ShardEntry.from_dict(read_json(self._facts_path(shard), CodesError))
-                rows = read_shard(self.folder / shard.file, entry, self.levels, bare, len(self.classes))
-                index, view = shard.rows(plan.samples)
+                entries.append(ShardEntry.from_dict(read_json(self._facts_path(shard), CodesError)))
+            splits.append(SplitEntry(name=name, **to_plain(plan), usage=(), perplexity=(), shards=tuple(entries)))
+        counts, class_counts = self._count(splits)
+        measured = [
+            split.to_dict() | {"usage": [int((c > 0).sum()) for c in found], "perplexity": [_perplexity(c) for c in found]}
+            for split, found in zip(splits, counts, strict=True)
+        ]
+        classes = [{"name": name, "count": int(count)} for name, count in zip(self.classes, class_counts, strict=True)]
+        return Manifest.from_dict(self.plan | {"classes": classes, "splits": measured, "text": None})
+
+    def _count(self, splits: Sequence[SplitEntry]) -> tuple[list[list[np.ndarray]], np.ndarray]:
+        """Reads and checks every shard: for each split and level how often each code occurs, and the samples of each class in train."""
+        counts: list[list[np.ndarray]] = []
+        class_counts = np.zeros(len(self.classes), np.int64)
+        for split in splits:
+            counts.append([np.zeros(level.vocab, np.int64) for level in self.levels])
+            for shard, entry in zip((s for s in self._shards if s.split == split.name), split.shards, strict=True):
+                rows = read_shard(self.folder / shard.file, entry, self.levels, split, len(self.classes))
+                index, view = shard.rows(split.samples)
                 if not (np.array_equal(rows.index, index) and np.array_equal(rows.view, view)):
                     raise CodesError(f"{self.folder / shard.file}: holds other rows than {shard.start} to {shard.stop - 1}")
-                for total, codes in zip(counts, rows.codes, strict=True):
+                for total, codes in zip(counts[-1], rows.codes, strict=True):
                     total += np.bincount(codes.reshape(-1), minlength=len(total))
-                if name == "train" and rows.label is not None:
+                if split.name == "train" and rows.label is not None:
                     class_counts += np.bincount(rows.label[rows.view == 0], minlength=len(class_counts))
-                entries.append(entry.to_dict())
-            usage = [int((c > 0).sum()) for c in counts]
-            splits.append(bare.to_dict() | {"usage": usage, "perplexity": [_perplexity(c) for c in counts], "shards": entries})
-        classes = [{"name": name, "count": int(count)} for name, count in zip(self.classes, class_counts, strict=True)]
-        return Manifest.from_dict(self.plan | {"classes": classes, "splits": splits, "text": None})
-
-
-def _plan_of(manifest: Manifest) -> dict[str, Any]:
-    """The plan that a manifest fulfils."""
-    tree = manifest.to_dict()
-    del tree["text"]
-    splits = {s.name: to_plain(SplitPlan(s.samples, s.views, s.labelled, s.captioned)) for s in manifest.splits}
-    return tree | {"classes": [c.name for c in manifest.classes], "splits": splits}
-
-
-def _difference(there: Any, here: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """(path, value, value) of the first difference between two plain trees: the tokenizer's fingerprint first, then sizes."""
-    first = ["tokenizer", "fingerprint", "splits", "shard_rows"]
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in sorted(there.keys() | here.keys(), key=lambda k: (first.index(k) if k in first else len(first), k)):
-            if found := _difference(there.get(key), here.get(key), f"{path}.{key}" if path else key):
-                return found
-        return None
-    return None if there == here else (path, there, here)
+        return counts, class_counts
 
 
 def _perplexity(counts: np.ndarray) -> float:

@@ -76,9 +76,10 @@ class Config(BaseModel):
         """Raises ConfigError with every mistake."""
         if not isinstance(tree, Mapping):
             raise ConfigError([f"the configuration is a {type(tree).__name__}; expected a mapping"])
+        tree = _tuples(tree)
         errors = list(_unknown_keys(cls, tree, ""))
         try:
-            config = cls.model_validate(_tuples(tree))
+            config = cls.model_validate(tree)
         except pydantic.ValidationError as error:
             raise ConfigError(_dedupe(errors + _messages(error))) from None
         if errors:
@@ -106,11 +107,14 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _tuples(value: Any) -> Any:
+def _tuples(value: Any, depth: int = 0) -> Any:
+    """Lists as tuples. Raises ConfigError where the tree is nested too deep, before anything walks it."""
+    if depth > yaml_io.MAX_DEPTH:
+        raise ConfigError([f"the configuration is nested more than {yaml_io.MAX_DEPTH} deep"])
     if isinstance(value, list | tuple):
-        return tuple(_tuples(v) for v in value)
+        return tuple(_tuples(v, depth + 1) for v in value)
     if isinstance(value, Mapping):
-        return {k: _tuples(v) for k, v in value.items()}
+        return {k: _tuples(v, depth + 1) for k, v in value.items()}
     return value
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_JSON = 1 << 20
+MAX_JSON_DEPTH = 64
 
 
 def fsync_path(path: Path) -> None:
@@ -67,7 +68,7 @@ def json_bytes(tree: Any) -> bytes:
 
 
 def read_json(path: Path, error: Callable[[str], Exception], max_bytes: int = MAX_JSON) -> Any:
-    """The tree in a JSON file: at most ``max_bytes``, no duplicate keys, no NaN or infinity.
+    """The tree in a JSON file: at most ``max_bytes``, at most 64 deep, no duplicate keys, no NaN or infinity.
 
     Args:
         error: makes the exception that is raised from a one-line message.
@@ -88,6 +89,16 @@ def read_json(path: Path, error: Callable[[str], Exception], max_bytes: int = MA
     if len(content) > max_bytes:
         raise error(f"{path}: {path.stat().st_size} bytes; at most {max_bytes} are read")
     try:
-        return json.loads(content.decode(), object_pairs_hook=once, parse_constant=refuse)
+        tree = json.loads(content.decode(), object_pairs_hook=once, parse_constant=refuse)
+        _check_depth(tree, MAX_JSON_DEPTH)
+        return tree
     except (ValueError, RecursionError) as cause:
         raise error(f"{path}: no valid JSON: {str(cause).splitlines()[0]}") from None
+
+
+def _check_depth(tree: Any, left: int) -> None:
+    if isinstance(tree, dict | list):
+        if left == 0:
+            raise ValueError(f"nested more than {MAX_JSON_DEPTH} deep")
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            _check_depth(part, left - 1)

@@ -8,6 +8,7 @@ anything is allocated; it never unpickles, and takes no code from a repository.
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -127,10 +128,12 @@ class Pretrained:
 
     def _card(self, metrics: Mapping[str, float] | None, license: str | None) -> str:
         base = next(c for c in type(self).__mro__ if "kind" in vars(c))
+        room = base.__module__.split(".")[0]
+        module = room if hasattr(sys.modules.get(room), base.__name__) else base.__module__
         count = sum(t.numel() for t in self._module().parameters())
         body = (
-            f"A {self.kind} of type `{self.type_name}` with {count:,} parameters.\n\n```python\nfrom {base.__module__.split('.')[0]} import"
-            f" {base.__name__}\n\n{self.kind} = {base.__name__}.from_pretrained(path_or_repo)\n```\n\n"
+            f"A {self.kind} of type `{self.type_name}` with {count:,} parameters.\n\n"
+            f"```python\nfrom {module} import {base.__name__}\n\n{self.kind} = {base.__name__}.from_pretrained(path_or_repo)\n```\n\n"
             f"```yaml\n{self.config.to_yaml()}```\n\nFingerprint `{self.fingerprint}`."
         )
         tags = ["intarsia", self.kind, self.type_name]
@@ -169,8 +172,8 @@ class Pretrained:
         dtype = getattr(torch, tree["dtype"])
         try:
             meta = build_on_meta(target, config, spec, dtype, default_max_bytes() if max_bytes is None else max_bytes)
-        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-            raise HubError(f"{path}: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # whatever a constructor raises for a configuration that somebody else wrote
+            raise HubError(f"{path}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
         got = fetch(path_or_repo, [prefix + WEIGHTS], revision=got.revision, local_files_only=local_files_only, token=token)
         weights = got.folder / (prefix + WEIGHTS)
         try:

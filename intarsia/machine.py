@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import platform
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
@@ -99,6 +101,14 @@ def die_with_parent() -> None:
     """On Linux, this process is killed when its launcher dies: it must not go on writing beside a restarted run."""
     if platform.system() == "Linux":
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def tell_launcher(error: BaseException) -> None:
+    """Leaves the cause where torch's launcher looks for it, so that its last lines name rank, step and cause."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
+        line = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}{notes}"
+        Path(path).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
 
 
 def make_deterministic(device: torch.device) -> None:

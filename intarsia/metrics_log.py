@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from intarsia.cli import RunError
+from intarsia.disk import why_not_written
 from intarsia.distributed import Comm
 from intarsia.files import write_atomic
 
@@ -40,10 +42,14 @@ class MetricsLog:
         self.path = path
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
-        """One line, in one write. Raises OSError."""
+        """One line, in one write. Raises RunError with the path, and with the bytes that are free where the disk is full."""
         tree = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
-        with self.path.open("ab") as file:
-            file.write((json.dumps(tree, allow_nan=False) + "\n").encode())
+        line = (json.dumps(tree, allow_nan=False) + "\n").encode()
+        try:
+            with self.path.open("ab") as file:
+                file.write(line)
+        except OSError as error:
+            raise RunError(why_not_written(error, self.path, len(line))) from error
 
     def cut(self, step: int) -> None:
         """Removes the lines beyond ``step`` and a torn last one: a resumed run writes them again."""

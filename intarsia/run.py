@@ -101,6 +101,7 @@ class Run:
             self._unlock()
             raise
         self.step = 0
+        self._in_loop = False
         self._end = config.steps if self.flags.max_steps is None else min(config.steps, self.flags.max_steps)
         self._feed = Feed(config, self.device, self.dtype, comm)
         self._signals = StopSignals()
@@ -121,6 +122,7 @@ class Run:
             module, optimizer_params, config=self.config, precision=self.precision, accelerator=self._accelerator, comm=comm, warn=self.say
         )
         self.model, self.optimizer = self._stepper.model, self._stepper.optimizer
+        self._state = RunState(self._stepper, self._journal, {})
         self.check_space(module)
         return self.model
 
@@ -141,7 +143,7 @@ class Run:
             CheckpointError: where the one of --resume is damaged. ConfigError: where it is of another configuration.
             ValueError: where it does not fit the module.
         """
-        self._state = RunState(self._stepper, self._journal, dict(extra or {}))
+        self._state.extra = dict(extra or {})
         path = Path(self.flags.resume) if self.flags.resume else self._newest()
         if path is not None:
             self.step, state, meta = load_for(self.config, path)
@@ -175,6 +177,7 @@ class Run:
         if self._journal.out_of_patience:
             self.say(f"training is over: {self._journal.stale} validations without a new best (log.patience)")
             return
+        self._in_loop = True
         with self._signals, self._journal.progress(self.step, self._end) as bar:
             while (step := self.step) < self._end:
                 self._seed_torch(step)
@@ -187,6 +190,7 @@ class Run:
                     self.say(f"stopped by signal {signal} after step {self.step}; the same command goes on from there")
                     self.close()
                     raise SystemExit(128 + signal)
+        self._in_loop = False
 
     def _seed_torch(self, step: int) -> None:
         """For what draws from torch's own generators (dropout): a function of seed, step and rank."""
@@ -330,6 +334,7 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and self._in_loop:
             error.add_note(f"rank {comm.rank}, step {self.step + 1}")
+            machine.tell_launcher(error)
         self.close()

@@ -30,7 +30,7 @@ def on_main(what: str, comm: Comm, device: torch.device) -> Iterator[None]:
         failure = error
     failed = bool(comm.all_reduce_sum_(torch.tensor(int(failure is not None), device=device)))
     if isinstance(failure, OSError | CheckpointError):
-        raise RunError(f"{what}: {failure}") from failure
+        raise RunError(str(failure)) from failure
     if failure is not None:
         raise failure
     if failed:

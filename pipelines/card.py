@@ -49,11 +49,12 @@ def card(pipeline: TwoStagePipeline, source: str, metrics: Mapping[str, float] |
         levels = "; ".join(f"{level.name}: {' x '.join(map(str, level.shape))} codes of {level.vocab}" for level in prior.own)
         rows.append(f"| priors/{i} | {prior.type_name} | {_size(prior)} | {levels} |")
     table = "\n".join(["| part | type | parameters | levels |", "|---|---|---|---|", *rows])
+    priors = "a prior" if len(pipeline.priors) == 1 else f"{len(pipeline.priors)} priors"
+    size = " x ".join(map(str, (signal.channels, *signal.shape)))
     body = (
-        f"{shown}A tokenizer and {len(pipeline.priors)} prior(s) over its codes; together they make {signal.kind} signals of"
-        f" {signal.channels} x {' x '.join(map(str, signal.shape))}.\n\n```python\nfrom pipelines import TwoStagePipeline\n\n"
-        f"pipeline = TwoStagePipeline.from_pretrained({source!r})\nx = pipeline.sample(16{example}, seed=0)\n```\n\n{table}\n\n"
-        f"{classes}Fingerprint of the codes: `{pipeline.spec.fingerprint}`."
+        f"{shown}A tokenizer and {priors} over its codes: together they make {signal.kind} signals of {size}.\n\n"
+        f"```python\nfrom pipelines import TwoStagePipeline\n\npipeline = TwoStagePipeline.from_pretrained({source!r})\n"
+        f"x = pipeline.sample(16{example}, seed=0)\n```\n\n{table}\n\n{classes}Fingerprint of the codes: `{pipeline.spec.fingerprint}`."
     )
     return model_card("Two-stage pipeline", body, tags=["intarsia", "two-stage", *dict.fromkeys(kinds)], license=license, metrics=metrics)
 

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from intarsia.cli import UserError, parse, run_main
+from intarsia.cli import parse, run_main
 from intarsia.config import Config, ConfigError, Place
 from intarsia.files import json_bytes, write_atomic
 from intarsia.pictures import save_grid, save_strips
@@ -119,6 +119,8 @@ def evaluate_pipeline(pipeline: TwoStagePipeline, source: Source, model: Feature
     balanced = config.balanced and bool(pipeline.classes)
     classes = len(source.classes) if balanced else 0
     rows = choose_rows(source.split(config.reference), config.n, config.seed, classes)
+    if config.k >= min(config.n, len(rows)):
+        raise ConfigError([f"k: {config.k}; expected fewer than the {config.n} samples and the {len(rows)} {config.reference} images"])
 
     print(f"drawing {config.n} samples", flush=True)
     asked: Tensor | None = None
@@ -182,7 +184,7 @@ def evaluate_pipeline(pipeline: TwoStagePipeline, source: Source, model: Feature
     }
     nearest = {space: found.index[: config.n] for space, found in queries.items()}
     order = queries["pixels"].distance[: config.n].argsort(stable=True)
-    return Evaluation(finite_or_null(tree), samples, independent, nearest, order)
+    return Evaluation(tree, samples, independent, nearest, order)
 
 
 def draw(evaluation: Evaluation, source: Source, out: Path) -> None:
@@ -221,8 +223,6 @@ def main(argv: list[str] | None = None) -> None:
     if flags.max_steps is not None or flags.resume is not None:
         raise ConfigError(["--max_steps, --resume: an evaluation has no steps"])
     out = Path(config.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out: {out} is a file; expected a folder")
     device = device_of(config.device)
     source = SOURCES.build(config.data)
     pipeline = (TwoStagePipeline.from_pretrained(config.pipeline) if config.pipeline else TwoStagePipeline.bundled()).to(device)
@@ -231,10 +231,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{pipeline}; features: {model.name}", flush=True)
     if flags.check or flags.dry_run:
         return
+    out.mkdir(parents=True, exist_ok=True)  # what cannot be written to is said before the work
     evaluation = evaluate_pipeline(pipeline, source, model, config)
-    out.mkdir(parents=True, exist_ok=True)
     draw(evaluation, source, out)
-    write_atomic(out / "evaluation.json", json_bytes(evaluation.tree))
+    write_atomic(out / "evaluation.json", json_bytes(finite_or_null(evaluation.tree)))
     print(table(evaluation.tree))
     print(f"{out / 'evaluation.json'} written", flush=True)
 

@@ -114,6 +114,11 @@ def decoded_codes(tokenizer: Tokenizer, counts: list[Tensor], level: int, limit:
     return torch.cat(tiles)
 
 
+def drawable(tokenizer: Tokenizer) -> bool:
+    """Its signals are images that a picture file holds."""
+    return tokenizer.signal.kind == "image" and tokenizer.signal.channels in (1, 3)
+
+
 def draw_reconstructions(path: Path, tokenizer: Tokenizer, split: Split, n: int, title: str = "") -> None:
     """``n`` images, evenly spaced over the split (so that sorted classes all occur), above their reconstructions."""
     rows = torch.linspace(0, len(split) - 1, min(n, len(split))).round().long().unique()
@@ -123,9 +128,8 @@ def draw_reconstructions(path: Path, tokenizer: Tokenizer, split: Split, n: int,
 
 def draw_codebook(path: Path, tokenizer: Tokenizer, codes: CodeMetrics, title: str = "") -> None:
     """Usage of every level and, for images, its codes as the decoder draws them."""
-    drawable = tokenizer.signal.kind == "image" and tokenizer.signal.channels in (1, 3)
     levels = [
-        (level.name, codes.counts[i].cpu(), decoded_codes(tokenizer, codes.counts, i) if drawable else None)
+        (level.name, codes.counts[i].cpu(), decoded_codes(tokenizer, codes.counts, i) if drawable(tokenizer) else None)
         for i, level in enumerate(codes.levels)
     ]
     hidden = max(level.vocab for level in codes.levels) > SHOWN_CODES
@@ -192,14 +196,15 @@ def main(argv: list[str] | None = None) -> None:
     source.split(config.split)
     if flags.check or flags.dry_run:
         return
+    if comm.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)  # what cannot be written to is said before the work
     tree, train_codes = report(tokenizer.to(device), source, config.split)
     if comm.rank != 0:
         return
-    out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "evaluation.json", json_bytes(finite_or_null(tree)))
     if config.pictures:
         draw_codebook(out / "codebook.png", tokenizer, train_codes, title="Codebook on the train codes")
-        if tokenizer.signal.kind == "image":
+        if drawable(tokenizer):
             title = f"{config.split.capitalize()} images and their reconstructions"
             draw_reconstructions(out / "reconstructions.png", tokenizer, source.split(config.split), config.pictures, title)
     print(table(tree))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from intarsia.cli import Flags, parse, run_main
 from intarsia.config import ConfigError, Place, differences
+from intarsia.hub_files import release_folder
 from intarsia.machine import tensor_bytes
 from intarsia.meta import build_on_meta
 from intarsia.pictures import save_strips
@@ -106,7 +107,7 @@ def start(run: Run, config: TokenizerTrainConfig, tokenizer: Tokenizer, data: Lo
         ConfigError: where ``init`` is of another configuration or takes other signals.
     """
     if config.init is not None:
-        release = Tokenizer.from_pretrained(config.init)
+        release = Tokenizer.from_pretrained(release_folder(config.init))
         found = [("tokenizer." + path, old, new) for path, old, new in differences(release.config, config.tokenizer)]
         if release.signal != tokenizer.signal:
             found.append(("data", release.signal, tokenizer.signal))

@@ -62,17 +62,28 @@ class UpperCodes(nn.Module):
         axes = len(levels[0].shape)
         if axes not in _CONV:
             raise ValueError(f"prior.levels: a grid of {axes} axes; expected 1, 2 or 3")
+        for level in upper:
+            if len(level.shape) != axes:
+                raise ValueError(f"prior.levels: {level.name!r} has a grid {level.shape}; expected {axes} axes, as below it")
         self.shapes = [level.shape for level in levels]
         self.coarse = [level.shape for level in upper]
+        self._cells: dict[tuple[tuple[int, ...], tuple[int, ...], torch.device], Tensor] = {}
         self.tables = nn.ModuleList(embedding(u.vocab, width, len(upper) ** -0.5) for u in upper)
         self.blocks = nn.ModuleList(_block(axes, width) for _ in range(blocks))
+
+    def _under(self, coarse: tuple[int, ...], fine: tuple[int, ...], device: torch.device) -> Tensor:
+        """``nearest_cells``, copied to the device once: a copy at every step would wait for it."""
+        key = (coarse, fine, device)
+        if key not in self._cells:
+            self._cells[key] = nearest_cells(coarse, fine).to(device)
+        return self._cells[key]
 
     def forward(self, upper: Sequence[Tensor]) -> list[Tensor]:
         """One (B, *shape) int64 tensor per upper level to one (B, positions, D) per level below."""
         embedded = [table(codes.flatten(1)) for table, codes in zip(self.tables, upper, strict=True)]
         out = []
         for shape in self.shapes:
-            x = sum(e[:, nearest_cells(coarse, shape).to(e.device)] for e, coarse in zip(embedded, self.coarse, strict=True))
+            x = sum(e[:, self._under(coarse, shape, e.device)] for e, coarse in zip(embedded, self.coarse, strict=True))
             grid = rearrange(x, "b p d -> b d p").unflatten(2, shape)
             for block in self.blocks:
                 grid = grid + block(grid)

@@ -78,20 +78,28 @@ class GatedLayer(nn.Module):
             if out is not None:
                 out.weight.data *= scale
 
-    def _vertical(self, rows: Tensor, v: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    def _vertical(self, rows: Tensor, v: Tensor, context: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The padded rows that the kernel sees to the new v, and what this layer tells the horizontal gates."""
         inside = convolve(self.vertical, rows)
         told = self.tell(inside)
         if self.vertical_out is None:
             return v, told + context
         to_h, to_v = context.chunk(2, -1)
-        return v + self.vertical_out(gate(inside + to_v)), told + to_h
+        branch = self.vertical_out(gate(inside + to_v))
+        return v + (branch if keep is None else branch * keep), told + to_h
 
-    def forward(self, v: Tensor, h: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """v, h: (B, R, C, D), shifted at the input of the stack; context: ``self.context`` of it, broadcastable to (B, R, C, ...)."""
-        new_v, told = self._vertical(F.pad(v, (0, 0, self.side, self.side, self.reach - 1, 0)), v, context)
-        inside = convolve(self.horizontal, F.pad(h, (0, 0, self.reach - 1, 0)))
-        return new_v, h + self.horizontal_out(gate(inside + told))
+    def forward(self, v: Tensor, h: Tensor, context: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One layer over the whole grid.
+
+        Args:
+            v, h: (B, R, C, D), shifted at the input of the stack.
+            context: what ``self.context`` makes of it, broadcastable to (B, R, C, ...).
+            keep: (B, 2, D) factors of what is added to each stack, the same for all positions (dropout); None for none.
+        """
+        for_v, for_h = (None, None) if keep is None else keep[:, :, None, None].unbind(1)
+        new_v, told = self._vertical(F.pad(v, (0, 0, self.side, self.side, self.reach - 1, 0)), v, context, for_v)
+        branch = self.horizontal_out(gate(convolve(self.horizontal, F.pad(h, (0, 0, self.reach - 1, 0))) + told))
+        return new_v, h + (branch if for_h is None else branch * for_h)
 
     # One row, one position -------------------------------------------------------------------------------------
     def begin(self, batch: int, columns: int, like: Tensor) -> Buffers:

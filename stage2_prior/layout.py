@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import product
@@ -76,11 +75,8 @@ class Layout:
 
 def nearest_cells(coarse: tuple[int, ...], fine: tuple[int, ...]) -> Tensor:
     """(prod(fine),) int64 on the CPU: the flat index of the cell of ``coarse`` that lies under each cell of ``fine``."""
-    if len(coarse) != len(fine):
-        raise ValueError(f"levels of shapes {coarse} and {fine} have different numbers of axes")
     index = torch.zeros(1, dtype=torch.int64, device="cpu")
     for small, large in zip(coarse, fine, strict=True):
         place = torch.arange(large, device="cpu") * small // large
         index = (index[:, None] * small + place[None]).flatten()
-    assert index.numel() == math.prod(fine)
     return index

@@ -7,15 +7,20 @@ of LLaMA (Touvron et al. 2023). Positions reach it through its input or through 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stage2_prior.packed import Projection, packed
+
 EXPLICIT_LENGTH = 512  # longest sequence whose attention is computed explicitly in half precision on a CPU
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, each (length, head dim)
+Projections = tuple[Projection, Projection, Projection, Projection]
 
 
 @dataclass
@@ -26,11 +31,13 @@ class Cache:
 
     Attributes:
         keys, values: (depth, B, heads, capacity, head dim).
+        projections: each block's (qkv, out, gate_up, down) as they were when the cache was made, packed.
         length: how many places are live.
     """
 
     keys: Tensor
     values: Tensor
+    projections: Sequence[Projections]
     length: int = 0
 
 
@@ -84,22 +91,28 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, rotary: Rotary | None, cache: Cache | None, layer: int) -> Tensor:
-        batch, length, width = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+    def split(self, qkv: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, 3D) to queries, keys and values (B, heads, L, head dim)."""
+        batch, length, width = qkv.shape
+        q, k, v = qkv.view(batch, length, 3, self.heads, width // 3 // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         if rotary is not None:
             q, k = rotate(q, rotary).to(v.dtype), rotate(k, rotary).to(v.dtype)
-        if cache is None:
-            y = attend(q, k, v, causal=True)
-        else:
-            if cache.length and length > 1:
-                raise ValueError(f"cache: {length} places at once after {cache.length}; only the first call takes several")
-            end = cache.length + length
-            cache.keys[layer, :, :, cache.length : end] = k
-            cache.values[layer, :, :, cache.length : end] = v
-            live_k, live_v = cache.keys[layer, :, :, :end], cache.values[layer, :, :, :end]
-            y = F.scaled_dot_product_attention(q.to(live_k.dtype), live_k, live_v, is_causal=length > 1).to(v.dtype)
-        return self.out(y.transpose(1, 2).reshape(batch, length, width))
+        return q, k, v
+
+    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
+        q, k, v = self.split(self.qkv(x), rotary)
+        return self.out(attend(q, k, v, causal=True).transpose(1, 2).flatten(2))
+
+    def cached(self, x: Tensor, rotary: Rotary | None, cache: Cache, layer: int) -> Tensor:
+        """The same for the places that follow those in the cache, which takes up their keys and values."""
+        project, out, _, _ = cache.projections[layer]
+        q, k, v = self.split(project(x), rotary)
+        start, end = cache.length, cache.length + x.shape[1]
+        cache.keys[layer, :, :, start:end] = k
+        cache.values[layer, :, :, start:end] = v
+        live = cache.keys[layer, :, :, :end], cache.values[layer, :, :, :end]
+        y = F.scaled_dot_product_attention(q.to(cache.keys.dtype), *live, is_causal=end - start > 1)
+        return out(y.to(v.dtype).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -112,8 +125,12 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+        return swiglu(x, self.gate_up, self.down)
+
+
+def swiglu(x: Tensor, gate_up: Projection, down: Projection) -> Tensor:
+    gate, up = gate_up(x).chunk(2, -1)
+    return down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -124,11 +141,19 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(width, eps=1e-6)
         self.feed_forward = FeedForward(width)
 
-    def forward(self, x: Tensor, rotary: Rotary | None, cache: Cache | None, layer: int, keep: Tensor | None) -> Tensor:
-        branch = self.attention(self.attention_norm(x), rotary, cache, layer)
+    def forward(self, x: Tensor, rotary: Rotary | None, keep: Tensor | None) -> Tensor:
+        branch = self.attention(self.attention_norm(x), rotary)
         x = x + (branch if keep is None else branch * keep[:, 0])
         branch = self.feed_forward(self.feed_forward_norm(x))
         return x + (branch if keep is None else branch * keep[:, 1])
+
+    def cached(self, x: Tensor, rotary: Rotary | None, cache: Cache, layer: int) -> Tensor:
+        x = x + self.attention.cached(self.attention_norm(x), rotary, cache, layer)
+        return x + swiglu(self.feed_forward_norm(x), *cache.projections[layer][2:])
+
+    def projections(self) -> Projections:
+        attention, feed_forward = self.attention, self.feed_forward
+        return packed(attention.qkv), packed(attention.out), packed(feed_forward.gate_up), packed(feed_forward.down)
 
 
 class Transformer(nn.Module):
@@ -154,22 +179,36 @@ class Transformer(nn.Module):
                 last = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5 * ((2 * self.depth) ** -0.5 if last else 1.0))
 
-    def cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> Cache:
-        """An empty cache for ``batch`` rows of at most ``capacity`` places."""
-        shape = (self.depth, batch, self.heads, capacity, self.width // self.heads)
-        dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        return Cache(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+    @property
+    def stack(self) -> Sequence[Block]:
+        return cast(Sequence[Block], self.blocks)
 
-    def forward(self, x: Tensor, rotary: Rotary | None = None, cache: Cache | None = None, keep: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None = None, keep: Tensor | None = None) -> Tensor:
         """(B, L, D) to (B, L, D); place i sees places 0..i.
 
         Args:
             rotary: tables of these L places.
-            cache: what came before; these places are appended to it. Several places at once only where it is empty.
             keep: (B, depth, 2, D) factors of the branches' channels, the same for all places (dropout); None for none.
         """
-        for layer, block in enumerate(self.blocks):
-            x = block(x, rotary, cache, layer, None if keep is None else keep[:, layer, :, None])
-        if cache is not None:
-            cache.length += x.shape[1]
+        for layer, block in enumerate(self.stack):
+            x = block(x, rotary, None if keep is None else keep[:, layer, :, None])
+        return self.norm(x)
+
+    def cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache for ``batch`` rows of at most ``capacity`` places."""
+        shape = (self.depth, batch, self.heads, capacity, self.width // self.heads)
+        keys = self.norm.weight.new_zeros(shape, dtype=torch.promote_types(self.norm.weight.dtype, torch.float32))
+        return Cache(keys, torch.zeros_like(keys), [block.projections() for block in self.stack])
+
+    def append(self, x: Tensor, cache: Cache, rotary: Rotary | None = None) -> Tensor:
+        """``forward`` of the L places that follow those in ``cache``, which takes them up: one place, or several at first.
+
+        Args:
+            rotary: tables of these L places.
+        """
+        if cache.length and x.shape[1] > 1:
+            raise ValueError(f"cache: {x.shape[1]} places at once after {cache.length}; only the first call takes several")
+        for layer, block in enumerate(self.stack):
+            x = block.cached(x, rotary, cache, layer)
+        cache.length += x.shape[1]
         return self.norm(x)

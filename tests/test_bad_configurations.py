@@ -73,7 +73,7 @@ CASES = {
     "one of two": ("optim: {{betas: [0.9]}}", "error: optim.betas.1: Field required"),
     "codebook of nothing": (VQVAE + "codes: 0}}}}", "error: tokenizer.quantizer: codes 0"),
     "warm-up beyond the end": ("optim: {{warmup: 9}}", "error: optim.warmup: 9 is more than steps: 3"),
-    "blocks against widths": (NET + "widths: [8, 16]}}}}", "error: tokenizer.net:"),
+    "blocks against widths": (NET + "widths: [8, 16, 32]}}}}", "error: tokenizer.net:"),
     "size against halvings": (NET + "widths: [4, 4, 4, 4], blocks: [0, 0, 0, 0], encoder_blocks: null}}}}", "28"),
     "decoder without init": ("train: decoder", "train: 'decoder' needs init"),
 }
@@ -90,6 +90,53 @@ def test_d1_a_bad_tokenizer_configuration_is_one_line(answer, case, tmp_path):
     assert code == 2 and len(lines) == 1 and said in lines[0] and lines[0].startswith("error: "), lines
     if case not in ("no such bundled set", "size against halvings"):
         assert not (tmp_path / "run").exists()
+
+
+PRIOR = "run: {run}\ncodes: {codes}\nsteps: 3\n"
+GPT = "prior: {{type: gpt, "
+PRIOR_CASES = {
+    "unknown key": (GPT + "widht: 3}}", "prior.widht: unknown key; did you mean 'width'? allowed: levels, cond_dropout"),
+    "key of another type": ("prior: {{type: pixelcnn, heads: 2}}", "prior.heads: unknown key; allowed: levels"),
+    "unknown type": ("prior: {{type: pixelcnnn}}", "prior: unknown prior 'pixelcnnn'; did you mean 'pixelcnn'? known: gpt, pixelcnn"),
+    "text for int": (GPT + "depth: '6'}}", "prior.depth: Input should be a valid integer; got '6'"),
+    "out of range": (GPT + "cond_dropout: 1.5}}", "prior.cond_dropout: Input should be less than or equal to 1; got 1.5"),
+    "none of the words": (GPT + "order: depth}}", "prior.order: Input should be 'level' or 'position'; got 'depth'"),
+    "even kernel": ("prior: {{type: pixelcnn, kernel: 4}}", "prior.kernel: expected an odd number; got 4"),
+    "levels that are none": (GPT + "levels: 0-1}}", "prior.levels: expected \"start:stop\", such as \"0:1\"; got '0-1'"),
+    "levels beyond the codes": (GPT + "levels: 0:2}}", "prior.levels: '0:2' is no range within the 1 levels of the codes, 0:1"),
+    "heads against width": (GPT + "width: 10, heads: 4}}", "10"),
+    "no such codes": ("codes: nowhere", "codes: 'nowhere' is no folder"),
+}
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory) -> Path:
+    """Twelve grids of 3x3 codes in two classes."""
+    import torch
+
+    from intarsia.codes import write_codes
+    from intarsia.specs import LevelSpec, SignalSpec
+
+    folder = tmp_path_factory.mktemp("codes")
+    split = ([torch.arange(108).view(12, 3, 3) % 7], torch.arange(12) % 2)
+    levels = [LevelSpec("codes", 7, (3, 3))]
+    about = {"type": "vqvae", "fingerprint": "f" * 64}
+    splits, signal = {"train": split, "validation": split}, SignalSpec("image", 1, (12, 12))
+    write_codes(folder, splits, levels, signal=signal, tokenizer=about, classes=("a", "b"))
+    return folder
+
+
+@pytest.mark.parametrize("case", PRIOR_CASES)
+def test_d1_a_bad_prior_configuration_is_one_line(answer, case, codes):
+    extra, said = PRIOR_CASES[case]
+    head = PRIOR.replace("{codes}", str(codes)) if not extra.startswith("codes") else PRIOR.replace("codes: {codes}\n", "")
+    code, lines = answer(head + extra, stage="stage2_prior")
+    assert code == 2 and len(lines) == 1 and said in lines[0] and lines[0].startswith("error: "), lines
+
+
+def test_a_good_prior_configuration_gets_as_far_as_the_model(answer, codes):
+    with pytest.raises(Built):
+        answer(PRIOR.replace("{codes}", str(codes)), stage="stage2_prior")
 
 
 FLAGS = {

@@ -235,7 +235,14 @@ def test_a_complete_dump_is_left_as_it_is(tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "codes").rglob("*")} == before
 
 
-def test_the_manifest_is_renamed_after_every_shard_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_complete_dump_that_was_damaged_since_is_not_called_complete(tmp_path: Path) -> None:
+    dump(tmp_path / "codes")
+    (tmp_path / "codes/train/00002.parquet").unlink()
+    with pytest.raises(CodesError, match=r"00002\.parquet: the shard is missing"):
+        dump(tmp_path / "codes")
+
+
+def test_a3_the_manifest_is_renamed_after_every_shard_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     replace, fsync = os.replace, os.fsync
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(f"rename {Path(b).name}"), replace(a, b))[1])
@@ -301,6 +308,8 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         dump(tmp_path / "codes")
     with pytest.raises(CodesError, match="is a file"):
         dump(tmp_path / "codes/thesis.txt")
+    with pytest.raises(CodesError, match=r"out: .*thesis\.txt/codes cannot be written to: Not a directory"):
+        dump(tmp_path / "codes/thesis.txt/codes")
 
 
 @pytest.mark.parametrize(
@@ -333,7 +342,7 @@ def test_rows_outside_the_split_are_refused(tmp_path: Path, indices: list[int]) 
         data.batch(torch.tensor(indices))
 
 
-# Gate D4 ---------------------------------------------------------------------------------------------------------------
+# Damage ---------------------------------------------------------------------------------------------------------------
 def manifest_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "codes.json").read_text())
 
@@ -420,7 +429,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damaged_codes_are_refused_in_one_line_that_names_the_file(tmp_path: Path, name: str) -> None:
+def test_d4_damaged_codes_are_refused_in_one_line_that_names_the_file(tmp_path: Path, name: str) -> None:
     damage, message = DAMAGE[name]
     folder = written(tmp_path / "codes")
     damage(folder)
@@ -440,7 +449,7 @@ def test_damaged_codes_are_refused_in_one_line_that_names_the_file(tmp_path: Pat
     ],
     ids=["fingerprint", "K", "grid", "factors", "levels"],
 )
-def test_codes_of_another_tokenizer_are_refused_with_both_values(
+def test_d4_codes_of_another_tokenizer_are_refused_with_both_values(
     tmp_path: Path, levels: tuple[LevelSpec, ...], fingerprint: str, message: str
 ) -> None:
     folder = written(tmp_path / "codes")

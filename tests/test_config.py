@@ -136,6 +136,15 @@ def test_all_mistakes_are_reported_at_once():
     assert [line.split(":")[0] for line in said] == ["sede", "optim.lrr", "shape.inner.width", "optim.warmup"]
 
 
+def test_a_tree_that_is_nested_too_deep_is_refused_before_it_is_walked():
+    lists: Any = 1
+    mappings: Any = {}
+    for _ in range(5000):
+        lists, mappings = [lists], {"shape": mappings}
+    for tree in ({"seed": lists}, {"sede": lists}, mappings):
+        assert errors_of(tree) == ["the configuration is nested more than 32 deep"]
+
+
 @pytest.mark.parametrize("tree", [[], None, 3, "x"])
 def test_a_configuration_is_a_mapping(tree):
     assert "expected a mapping" in errors_of(tree)[0]

@@ -177,6 +177,12 @@ def test_data_of_another_pipeline_are_refused():
         check_fit(pipeline, source)
 
 
+def test_more_neighbours_than_images_are_refused_before_the_work(capsys):
+    with pytest.raises(ConfigError, match="k: 40; expected fewer than the 60 samples and the 40 validation images"):
+        evaluate_pipeline(tiny.pipeline("gpt"), Blobs(), feature_model(), EvaluateConfig(n=60, k=40, reference="validation", bootstrap=2))
+    assert "drawing" not in capsys.readouterr().out
+
+
 def test_reference_rows_hold_the_classes_in_turn_and_too_few_are_named():
     split = Blobs().split("train")
     rows = choose_rows(split, 30, 0, 4)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from intarsia import hub as hub_module
 from intarsia import yaml_io
 from intarsia.config import Config
+from intarsia.files import DiskFullError
 from intarsia.hub import Pretrained
 from intarsia.hub_files import HubError, check_subfolder, fetch, push_folder, release_folder
 from intarsia.registry import Registry
@@ -180,6 +181,20 @@ def test_the_release_of_a_run_folder_is_its_model(tmp_path: Path) -> None:
     assert release_folder("user/name") == "user/name"
 
 
+def test_b1_a_full_disk_is_named_and_leaves_nothing_torn(tmp_path: Path) -> None:
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))  # fails as a full disk does
+            with pytest.raises(DiskFullError, match=r"model\.safetensors: .*: 464 bytes are needed, \d+ are free"):
+                built().save_pretrained(tmp_path / "model")
+            code = 0 if not list((tmp_path / "model").iterdir()) else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
 # Fingerprint -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["embed.weight", "layers.0.weight", "layers.1.bias", "count", "steps"])
 def test_the_fingerprint_follows_its_tensors_and_the_sha256_all(name: str) -> None:
@@ -261,7 +276,7 @@ def test_a_subclass_loads_its_own_type_only(saved: Path) -> None:
         Other.from_pretrained(saved)
 
 
-# Gate E2: a fixed list of regular files -------------------------------------------------------------------------------
+# A fixed list of regular files -------------------------------------------------------------------------------
 def only(suffix: str) -> Callable[[Path], Any]:
     return lambda f: (f / "model.safetensors").rename(f / suffix)
 
@@ -292,7 +307,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_folder_without_the_regular_files_is_refused(saved: Path, name: str) -> None:
+def test_e2_a_folder_without_the_regular_files_is_refused(saved: Path, name: str) -> None:
     change, message = FILES[name]
     change(saved)
     with pytest.raises(HubError, match=message):
@@ -300,7 +315,7 @@ def test_a_folder_without_the_regular_files_is_refused(saved: Path, name: str) -
 
 
 @pytest.mark.parametrize("subfolder", ["..", "../x", "/etc", "a/../b", "a\\b", ".", "a//b", "a/", ".hidden", "a b"])
-def test_a_subfolder_that_is_no_plain_path_is_refused(saved: Path, subfolder: str) -> None:
+def test_e2_a_subfolder_that_is_no_plain_path_is_refused(saved: Path, subfolder: str) -> None:
     with pytest.raises(HubError, match="subfolder: "):
         Toy.from_pretrained(saved, subfolder=subfolder)
     assert check_subfolder("priors/0") == "priors/0"
@@ -312,7 +327,7 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(path: str) -> None:
         Toy.from_pretrained(path)
 
 
-def test_files_of_other_names_are_never_asked_for(saved: Path) -> None:
+def test_e2_files_of_other_names_are_never_asked_for(saved: Path) -> None:
     with pytest.raises(HubError, match=r"files: 'pytorch_model\.bin' is none of"):
         fetch(saved, ["pytorch_model.bin"])
 
@@ -327,7 +342,7 @@ def unpickled() -> Iterator[list[str]]:
     active[0] = False
 
 
-def test_nothing_is_unpickled_by_saving_and_loading(saved: Path, unpickled: list[str]) -> None:
+def test_e1_nothing_is_unpickled_by_saving_and_loading(saved: Path, unpickled: list[str]) -> None:
     built().save_pretrained(saved)
     Toy.from_pretrained(saved)
     assert unpickled == []
@@ -337,7 +352,7 @@ def test_nothing_is_unpickled_by_saving_and_loading(saved: Path, unpickled: list
     assert unpickled, "the hook itself works"
 
 
-# Gate E3: safetensors without trust ----------------------------------------------------------------------------------
+# Safetensors without trust ----------------------------------------------------------------------------------
 def safetensors(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
@@ -374,7 +389,7 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_a_malformed_safetensors_file_is_refused_by_its_header(tmp_path: Path, name: str) -> None:
+def test_e3_a_malformed_safetensors_file_is_refused_by_its_header(tmp_path: Path, name: str) -> None:
     (tmp_path / "a.safetensors").write_bytes(HEADERS[name])
     with pytest.raises(TensorFileError, match=r"a\.safetensors: no valid safetensors file") as error:
         read_header(tmp_path / "a.safetensors")
@@ -389,7 +404,7 @@ def test_the_header_reader_agrees_with_safetensors(saved: Path) -> None:
         assert {name: list(e.shape) for name, e in found.items()} == {name: file.get_slice(name).get_shape() for name in list(file.keys())}
 
 
-def test_mutated_weights_files_raise_our_error_or_load_the_right_model(saved: Path) -> None:
+def test_e3_mutated_weights_files_raise_our_error_or_load_the_right_model(saved: Path) -> None:
     path = saved / "model.safetensors"
     good = path.read_bytes()
     generator = torch.Generator().manual_seed(0)
@@ -413,7 +428,7 @@ def test_mutated_weights_files_raise_our_error_or_load_the_right_model(saved: Pa
     assert refused > 500
 
 
-# Gate E4: the budget ------------------------------------------------------------------------------------------------
+# The budget ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -424,7 +439,7 @@ def test_mutated_weights_files_raise_our_error_or_load_the_right_model(saved: Pa
     ],
     ids=["wide", "quadratic", "deep", "absurd"],
 )
-def test_a_malicious_config_is_refused_before_anything_is_allocated(saved: Path, change: dict[str, int], message: str) -> None:
+def test_e4_a_malicious_config_is_refused_before_anything_is_allocated(saved: Path, change: dict[str, int], message: str) -> None:
     edit(saved, lambda tree: tree["config"].update(change))
     pid = os.fork()
     if pid == 0:  # in a process of its own, so that its peak memory is its own
@@ -500,7 +515,7 @@ def test_configuration_and_weights_come_from_one_commit(hub: HubServer, monkeypa
     assert Toy.from_pretrained("me/net").weights_sha256 == built(seed=1).weights_sha256
 
 
-def test_what_was_pulled_once_loads_without_the_hub(hub: HubServer) -> None:
+def test_what_was_pulled_once_loads_without_the_hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = built().push_to_hub("me/net")
     Toy.from_pretrained("me/net")
     asked = len(hub.requests)
@@ -509,6 +524,11 @@ def test_what_was_pulled_once_loads_without_the_hub(hub: HubServer) -> None:
     assert len(hub.requests) == asked
     with pytest.raises(HubError, match=r"me/other: config\.json is not in the cache"):
         Toy.from_pretrained("me/other", local_files_only=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # what HF_HUB_OFFLINE=1 sets
+    assert Toy.from_pretrained("me/net").weights_sha256 == built().weights_sha256
+    with pytest.raises(HubError, match=r"me/other: config\.json is not in the cache"):
+        Toy.from_pretrained("me/other")
+    assert len(hub.requests) == asked
 
 
 def test_a_snapshot_in_the_cache_is_a_folder_like_any_other(hub: HubServer) -> None:
@@ -543,7 +563,7 @@ def test_a_repository_without_the_files_is_refused(hub: HubServer, files: dict[s
         Toy.from_pretrained("me/net")
 
 
-def test_a_repository_of_pickled_weights_is_refused_and_they_are_not_fetched(hub: HubServer, saved: Path) -> None:
+def test_e2_a_repository_of_pickled_weights_is_refused_and_they_are_not_fetched(hub: HubServer, saved: Path) -> None:
     hub.repo("me/net", {"config.json": (saved / "config.json").read_bytes(), "pytorch_model.bin": b"x"})
     with pytest.raises(HubError, match=r"me/net: there is no model\.safetensors"):
         Toy.from_pretrained("me/net")
@@ -618,6 +638,3 @@ print("done")
         done = server.run(code, tmp_path / "cache")
         assert done.returncode == 0 and done.stdout == "done\n", done.stderr
         assert len(server.repos["me/net"].commits) == 2
-        pull = code.replace('commit = built().push_to_hub("me/net")', "commit = None")
-        offline = server.run(pull, tmp_path / "other cache", HF_HUB_OFFLINE="1")
-        assert offline.returncode != 0 and "me/net: config.json is not in the cache" in offline.stderr

@@ -8,8 +8,6 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -138,7 +136,8 @@ def test_the_loop_equals_plain_torch(tmp_path):
         torch.testing.assert_close(left.tensors[f"module/{name}"], tensor, rtol=1e-5, atol=1e-6)
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
-    assert [line["loss"] for line in lines] == pytest.approx([(a + b) / 2 for a, b in zip(losses[::2], losses[1::2], strict=True)], rel=1e-5)
+    means = [(losses[i] + losses[i + 1]) / 2 for i in range(0, 12, 2)]
+    assert [line["loss"] for line in lines] == pytest.approx(means, rel=1e-5)
     assert lines[0]["lr"] == pytest.approx(2e-2 / 3) and {"norm", "moved", "gradient_norm"} <= lines[0].keys()
 
 
@@ -159,7 +158,7 @@ def test_the_schedule_warms_up_and_falls_along_half_a_cosine():
     rates = [learning_rate(optim, step, 24) for step in range(25)]
     assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
     assert rates[14] == pytest.approx(1.0) and rates[24] == pytest.approx(0.0)
-    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert rates[4:] == sorted(rates[4:], reverse=True)
     assert learning_rate(OptimConfig(lr=2.0, schedule="constant"), 10**6, 24) == 2.0
     assert learning_rate(optim, 4, 4) == pytest.approx(2.0) and learning_rate(optim, 99, 24) == pytest.approx(0.0)
 
@@ -294,20 +293,6 @@ def test_validation_batches_and_first_batches_cover_their_samples_once(tmp_path)
 
 
 # Not finite (F1) -------------------------------------------------------------------------------------------------
-@contextmanager
-def poison(kind: str, step_of: int) -> Iterator[Any]:
-    """``at`` hooks that spoil one quantity in one step."""
-
-    def at(step: int, run: Run) -> None:
-        if step == step_of:
-            if kind == "latents":
-                run.module.good = torch.tensor(False)
-            elif kind == "gradients":
-                run.module.up.weight.grad[0, 0] = math.inf
-
-    yield at
-
-
 @pytest.mark.parametrize("kind", ["latents", "gradients"])
 def test_f1_what_is_not_finite_ends_the_run_before_anything_changes(tmp_path, kind):
     states = {}
@@ -315,8 +300,10 @@ def test_f1_what_is_not_finite_ends_the_run_before_anything_changes(tmp_path, ki
     def at(step: int, run: Run) -> None:
         states[step] = {k: v.clone() for k, v in run.module.state_dict().items()}
         states["run"] = run
-        with poison(kind, 5) as spoil:
-            spoil(step, run)
+        if step == 5 and kind == "latents":
+            run.module.good = torch.tensor(False)
+        elif step == 5:
+            run.module.up.weight.grad[0, 0] = math.inf
 
     with pytest.raises(RunError, match=f"step 6: not finite: {kind} on rank 0"):
         go(tmp_path, at=at)

@@ -272,3 +272,17 @@ def test_a_config_stays_small():
 
     ours = [cls for cls in below(Config) if cls.__module__.split(".")[0] in PACKAGES and not issubclass(cls, RunConfig)]
     assert not {cls.__name__: len(cls.model_fields) for cls in ours if len(cls.model_fields) > 14}
+
+
+GATES = ["A1", "A3", "A4", "A5", "B3", "B4", "C0", "C1", "C2", "C3", "D1", "D3", "D5", "D6", "E1", "F1", "F2", "F4"]
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_each_promise_of_reliability_has_a_test_of_its_name(gate):
+    names = [
+        node.name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    assert [name for name in names if name.startswith(f"test_{gate.lower()}_")]

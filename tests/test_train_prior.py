@@ -89,24 +89,19 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("prior", "floor"),
+    "prior",
     [
-        ({"type": "gpt", "levels": "0:1"}, 1.0),
-        ({"type": "pixelcnn", "levels": "1:2", **TINY["pixelcnn"]}, 1.0),
-        ({"type": "gpt", "levels": "", "positions": "rotary"}, 1.0),
+        {"type": "gpt", "levels": "0:1"} | TINY["gpt"],
+        {"type": "pixelcnn", "levels": "1:2"} | TINY["pixelcnn"],
+        {"type": "gpt", "levels": "", "positions": "rotary"} | TINY["gpt"],
     ],
-    ids=["gpt", "pixelcnn", "gpt-joint"],
+    ids=["gpt", "pixelcnn-below", "gpt-joint"],
 )
-def test_a_prior_learns_the_structure_of_its_codes_and_is_released(codes: Path, tmp_path: Path, prior: dict[str, Any], floor: float) -> None:
-    tree = {k: v for k, v in prior.items() if k != "type"}
-    given = train.PriorTrainConfig.from_dict(
-        config(tmp_path, codes).to_dict()
-        | {"prior": {"type": prior["type"], **(TINY["gpt"] if prior["type"] == "gpt" else {}), **tree}, "steps": 150}
-    )
-    train.train(given, Flags())
+def test_a_prior_learns_the_structure_of_its_codes_and_is_released(codes: Path, tmp_path: Path, prior: dict[str, Any]) -> None:
+    given = config(tmp_path, codes, steps=150).to_dict() | {"prior": prior}
+    train.train(train.PriorTrainConfig.from_dict(given), Flags())
     found = [line["validation/bits"] for line in lines_of(tmp_path) if "validation/bits" in line]
-    uniform = math.log2(4 if prior["levels"] == "0:1" else 6)
-    assert found[-1] < floor + 0.3 < uniform  # one bit of noise per code is all that cannot be known
+    assert found[-1] < 1.3  # one bit of noise per code is all that cannot be known; without the label it would be two
     released = Prior.from_pretrained(tmp_path / "model")
     held = CodesDataset(codes, "validation", released.spec)
     batch = held.batch(torch.arange(len(held)))
@@ -158,8 +153,8 @@ def test_two_processes_train_what_one_trains(codes: Path, tmp_path: Path, ranks:
 
 def test_init_starts_from_a_release_and_refuses_one_that_does_not_fit(codes: Path, tmp_path: Path) -> None:
     train.train(config(tmp_path / "first", codes, steps=20), Flags())
-    given = config(tmp_path / "second", codes, prior={"corruption": 0.1}, steps=1, init=str(tmp_path / "first"), optim={"lr": 1e-12, "average": 0.9})
-    train.train(given, Flags())
+    still = {"optim": {"lr": 1e-12, "average": 0.9}, "steps": 1}
+    train.train(config(tmp_path / "second", codes, prior={"corruption": 0.1}, init=str(tmp_path / "first"), **still), Flags())
     first, second = (Prior.from_pretrained(tmp_path / name / "model") for name in ("first", "second"))
     assert distance(first.state_dict(), second.state_dict()) < 1e-9
     with pytest.raises(ConfigError, match=r"prior.width: 32, but init \(.*first\) was made with 16"):
@@ -173,13 +168,12 @@ def test_a_run_goes_on_with_its_own_codes_alone(codes: Path, tmp_path: Path) -> 
     train.train(config(tmp_path / "run", codes), Flags(max_steps=2))
     moved = shutil.copytree(codes, tmp_path / "moved")
     train.train(config(tmp_path / "run", moved), Flags(max_steps=4))
-    for name, other, message in (
-        ("tokenizer", write(tmp_path / "t", "b" * 64), f"begun on codes by the tokenizer {'a' * 64}; these are by {'b' * 64}"),
-        ("rows", write(tmp_path / "r", rows=80), "begun on codes of other samples or views, by the same tokenizer"),
+    for other, message in (
+        (write(tmp_path / "tokenizer", "b" * 64), f"begun on codes by the tokenizer {'a' * 64}; these are by {'b' * 64}"),
+        (write(tmp_path / "rows", rows=80), "begun on codes of other samples or views, by the same tokenizer"),
     ):
         with pytest.raises(CodesError, match=message):
             train.train(config(tmp_path / "run", other), Flags())
-        assert name
 
 
 def test_codes_without_labels_make_an_unconditional_prior(tmp_path: Path) -> None:
@@ -237,7 +231,8 @@ def test_evaluation_says_what_nll_says_and_does_not_depend_on_the_processes(
         maps = [torch.tensor(level["positions"], dtype=torch.float64) for level in found["levels"]]
         for level, each, expected in zip(LEVELS, maps, bits.mean(0).split([4, 16]), strict=True):
             torch.testing.assert_close(each, expected.view(level.shape), atol=1e-6, rtol=0)
-    assert f"{len(data)} validation samples, conditional: {tree['conditional']['bits_per_code']:.4f} bits per code" in capsys.readouterr().out
+    said = f"{len(data)} validation samples, conditional: {tree['conditional']['bits_per_code']:.4f} bits per code"
+    assert said in capsys.readouterr().out
     for theirs in ranks(lambda rank: evaluate.report(prior, data, "validation")):
         assert theirs["conditional"]["bits_per_code"] == pytest.approx(tree["conditional"]["bits_per_code"], abs=1e-12)
         assert theirs["codes"] == tree["codes"]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from stage2_prior.packed import packed
 from stage2_prior.transformer import Transformer, attend, rotary_tables, rotate
 
 
@@ -23,19 +24,19 @@ def test_the_cached_trunk_equals_the_uncached_one(axes: int) -> None:
     rotary = rotary_tables(torch.randint(0, 9, (10, axes)).double(), 12)
     rotary = (rotary[0].float(), rotary[1].float())
     full = module(x, rotary)
-    cache = module.cache(2, 10, x.device, x.dtype)
-    first = module(x[:, :4], (rotary[0][:4], rotary[1][:4]), cache)  # several places at once, then one by one
-    parts = [first] + [module(x[:, i : i + 1], (rotary[0][i : i + 1], rotary[1][i : i + 1]), cache) for i in range(4, 10)]
+    cache = module.cache(2, 10)
+    first = module.append(x[:, :4], cache, (rotary[0][:4], rotary[1][:4]))  # several places at once, then one by one
+    parts = [first] + [module.append(x[:, i : i + 1], cache, (rotary[0][i : i + 1], rotary[1][i : i + 1])) for i in range(4, 10)]
     torch.testing.assert_close(torch.cat(parts, 1), full, atol=2e-6, rtol=0)
     assert cache.length == 10
 
 
 def test_several_places_after_the_first_call_are_refused() -> None:
     module = trunk()
-    cache = module.cache(1, 8, torch.device("cpu"), torch.float32)
-    module(torch.randn(1, 2, 24), cache=cache)
+    cache = module.cache(1, 8)
+    module.append(torch.randn(1, 2, 24), cache)
     with pytest.raises(ValueError, match="cache: 3 places at once after 2"):
-        module(torch.randn(1, 3, 24), cache=cache)
+        module.append(torch.randn(1, 3, 24), cache)
 
 
 def test_no_place_sees_its_future() -> None:
@@ -122,3 +123,18 @@ def test_the_trunk_equals_transformers_llama() -> None:
     rotary = tuple(t.float() for t in rotary_tables(torch.arange(9, dtype=torch.float64)[:, None], width // heads))
     expected = peer(inputs_embeds=x).last_hidden_state
     torch.testing.assert_close(module(x, rotary), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_a_packed_layer_is_the_layer_as_it_was(bias: bool, rows: int) -> None:
+    layer, x = torch.nn.Linear(40, 24, bias=bias), torch.randn(rows, 3, 40)
+    with torch.no_grad():
+        expected = layer(x)
+        project = packed(layer)
+        torch.testing.assert_close(project(x), expected, atol=1e-6, rtol=1e-5)
+        layer.weight.zero_()
+        assert (project is layer) or (project(x) - expected).abs().max() < 1e-5
+        double = torch.nn.Linear(4, 4).double()
+        assert packed(double) is double
+    assert packed(layer) is layer  # with gradients on

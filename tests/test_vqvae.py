@@ -18,7 +18,8 @@ from stage1_tokenizer.quantizers.vq import VQConfig
 from stage1_tokenizer.tokenizers.base import Tokenizer, TokenizerOutput
 from stage1_tokenizer.tokenizers.vqvae import VQVAE, VQVAEConfig
 
-CONFIG = VQVAEConfig(micro_batch=8, net=ConvConfig(widths=(8, 16), blocks=(1, 1), encoder_blocks=None), quantizer=VQConfig(codes=32, dim=4))
+NET = ConvConfig(widths=(8, 16), blocks=(1, 1), encoder_blocks=None, patch=1)
+CONFIG = VQVAEConfig(micro_batch=8, net=NET, quantizer=VQConfig(codes=32, dim=4))
 SIGNALS = {1: SignalSpec("audio", 1, (32,)), 2: SignalSpec("image", 3, (16, 16)), 3: SignalSpec("video", 1, (4, 8, 8))}
 
 

@@ -72,7 +72,7 @@ def unregister_ladder() -> None:
 def tokenizer(seed: int = 0) -> VQVAE:
     """8 x 8 grey pixels, 4 x 4 codes of 16."""
     torch.manual_seed(seed)
-    config = VQVAEConfig(net=ConvConfig(widths=(4, 8), blocks=(0, 0), encoder_blocks=None), quantizer=VQConfig(codes=16, dim=4))
+    config = VQVAEConfig(net=ConvConfig(widths=(4, 8), blocks=(0, 0), encoder_blocks=None, patch=1), quantizer=VQConfig(codes=16, dim=4))
     made = VQVAE(config, SignalSpec("image", 1, (8, 8)))
     made.initialize([torch.rand(64, 1, 8, 8) * 2 - 1], StepRng(0, 0, torch.arange(64)), comm)
     return made.eval()

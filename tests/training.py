@@ -25,7 +25,7 @@ from stage1_tokenizer.tokenizers.vqvae import VQVAEConfig
 from stage1_tokenizer.train import TokenizerTrainConfig, train
 
 LOG = LogConfig(every=3, validate_every=0, checkpoint_every=5, pictures_every=0)
-NET = ConvConfig(widths=(8, 8), blocks=(0, 1), encoder_blocks=(0, 0))
+NET = ConvConfig(widths=(8, 8), blocks=(0, 1), encoder_blocks=(0, 0), patch=1)
 TOKENIZER = VQVAEConfig(net=NET, quantizer=VQConfig(codes=24, dim=4, decay=0.9, restart=0.3), micro_batch=8)
 
 

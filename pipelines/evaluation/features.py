@@ -28,7 +28,7 @@ from intarsia.specs import SignalSpec, to_plain
 
 BUNDLED = "fashion-cnn-v1"
 BUNDLED_FOLDER = Path(__file__).parent / "fashion_cnn_v1"
-BUNDLED_SHA256 = "unset"
+BUNDLED_SHA256 = "e33ea529c2277cc423a5c16b7c3143d6f741f5e555d1224908155ae2a587d3bf"
 MICRO_BATCH = 128
 
 CLASSIFIERS: Registry[Classifier] = Registry("classifier")

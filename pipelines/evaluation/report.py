@@ -97,7 +97,7 @@ def table(tree: Mapping[str, Any]) -> str:
         )
     lines.append(f"FD ({name}) to {counts['reference']} {tree['reference']} images:")
     for key, value in figures["frechet"].items():
-        lines.append(f"  {key + ',':17}{counts[key]:6} images: {_text(value)}")
+        lines.append(f"  {key:16}{counts[key]:6} images: {_text(value)}")
     lines.append(f"  samples as a share of the baseline: {_text(figures['frechet_ratio_to_baseline'])}")
     pr = figures["precision_recall"]
     for key in ("samples", "baseline"):

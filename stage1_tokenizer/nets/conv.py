@@ -18,15 +18,15 @@ TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3
 
 
 class ConvConfig(NetConfig):
-    """One stage per width; each after the first halves the grid. The decoder mirrors the encoder."""
+    """One stage per width; each after the first halves the grid: the stride is patch * 2^(len(widths) - 1)."""
 
-    widths: tuple[int, ...] = (32, 64, 96)
-    """Channels of the stages, fine to coarse; len(widths) - 1 halvings."""
-    blocks: tuple[int, ...] = (0, 1, 2)
+    widths: tuple[int, ...] = (64, 96)
+    """Channels of the stages, fine to coarse."""
+    blocks: tuple[int, ...] = (1, 2)
     """Residual blocks of each stage in the decoder."""
-    encoder_blocks: tuple[int, ...] | None = (0, 1, 0)
+    encoder_blocks: tuple[int, ...] | None = (1, 0)
     """Residual blocks of each stage in the encoder; null = as in the decoder."""
-    patch: int = 1
+    patch: int = 2
     """The first and last layer work on patches of this many samples an axis: nothing runs at full resolution. 1 = off."""
     norm: Literal["group", "none"] = "group"
     """Normalisation in the residual blocks; `none` keeps the receptive field finite."""

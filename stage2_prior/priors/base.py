@@ -35,6 +35,8 @@ class PriorConfig(Config, registry=PRIORS):
     """How often training replaces the label by the learned null, which guidance needs; 1 trains without labels."""
     corruption: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """How often training replaces a code that is conditioned on by a random one; helps where data is scarce."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """How often training drops a feature of a residual branch, at all positions of a sample (Gal and Ghahramani 2016)."""
 
     @field_validator("levels")
     @classmethod
@@ -237,6 +239,15 @@ class Prior(Pretrained, nn.Module):
             code = (rng.uniform("corruption/code", codes.shape[1], level=i) * level.vocab).long()
             out.append(torch.where(where, code, codes))
         return out
+
+
+    def _keep(self, rng: StepRng | None, *shape: int) -> Tensor | None:
+        """(B, *shape) dropout factors, 0 or 1 / (1 - rate), drawn by ``rng``, so that they depend neither on the batch nor on the
+        rank; None for no dropout."""
+        rate = self.config.dropout
+        if rng is None or rate == 0:
+            return None
+        return (rng.uniform("dropout", *shape) >= rate).to(self.dtype) / (1 - rate)
 
 
 def bits(nats: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import torch
 from pydantic import Field
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from intarsia.rng import StepRng
 from intarsia.specs import CodesSpec
 from stage2_prior.context import Context, ContextEncoder, embedding
+from stage2_prior.packed import Projection, packed
 from stage2_prior.priors.autoregressive import AutoregressivePrior, State
 from stage2_prior.priors.base import PRIORS, PriorConfig
 from stage2_prior.transformer import Cache, Rotary, Transformer, rotary_tables
@@ -31,14 +32,15 @@ class GPTConfig(PriorConfig):
     """A learned vector for each position, or rotary positions over the axes of the grid."""
     order: Literal["level", "position"] = "level"
     """Several levels: one after the other, or all levels of a position before the next (levels of one shape)."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Rate at which training drops a channel of a branch, at all positions of a sample (Gal and Ghahramani 2016)."""
 
 
 @dataclass
 class GPTState(State):
+    """What is known of all places, the keys and values so far, and the last layers, packed."""
+
     context: Context
     cache: Cache
+    heads: list[Projection]
 
 
 @PRIORS.register("gpt", GPTConfig)
@@ -59,9 +61,14 @@ class GPTPrior(AutoregressivePrior):
         self.heads = nn.ModuleList(nn.Linear(width, level.vocab, bias=False) for level in self.own)
         for head in self.heads.parameters():
             nn.init.normal_(head, std=0.02)
-        if config.positions == "rotary":
+        if config.positions == "rotary":  # refuses heads that are too small
             rotary_tables(torch.zeros(1, len(self.own[0].shape), dtype=torch.float64, device="cpu"), width // config.heads)
         self._tables: dict[torch.device, Rotary] = {}
+
+    @property
+    def output(self) -> Sequence[nn.Linear]:
+        """The last layer of each level."""
+        return cast(Sequence[nn.Linear], self.heads)
 
     def _rotary(self, places: slice) -> Rotary | None:
         """The tables of these places, made once on each device; float32 or wider."""
@@ -94,18 +101,11 @@ class GPTPrior(AutoregressivePrior):
         x = self.layout.join([table(codes) for table, codes in zip(self.codes, seen, strict=True)])
         n = x.shape[0]
         x = torch.cat([self._first(context).expand(n, -1, -1), x[:, :-1] + context.aligned[:, 1:]], 1)
-        features = self.trunk(x, self._rotary(slice(None)), keep=self._keep(rng))
-        return [head(f) for head, f in zip(self.heads, self.layout.split(features), strict=True)]
-
-    def _keep(self, rng: StepRng | None) -> Tensor | None:
-        """(B, depth, 2, D) dropout factors, drawn by ``rng``, so that they depend neither on the batch nor on the rank."""
-        rate = self.config.dropout
-        if rng is None or rate == 0:
-            return None
-        return (rng.uniform("dropout", self.config.depth, 2, self.config.width) >= rate).to(self.dtype) / (1 - rate)
+        features = self.trunk(x, self._rotary(slice(None)), keep=self._keep(rng, self.config.depth, 2, self.config.width))
+        return [head(f) for head, f in zip(self.output, self.layout.split(features), strict=True)]
 
     def _begin(self, n: int, upper: Sequence[Tensor], label: Tensor | None) -> GPTState:
-        return GPTState(0, self._context(upper, label), self.trunk.cache(n, len(self.layout), self.device, self.dtype))
+        return GPTState(0, self._context(upper, label), self.trunk.cache(n, len(self.layout)), [packed(head) for head in self.output])
 
     def step(self, state: State, previous: Tensor | None) -> tuple[Tensor, GPTState]:
         assert isinstance(state, GPTState)
@@ -114,5 +114,6 @@ class GPTPrior(AutoregressivePrior):
             x = self._first(state.context).expand(n, -1, -1)
         else:
             x = self.codes[self.layout.steps[i - 1][0]](previous)[:, None] + state.context.aligned[:, i : i + 1]
-        features = self.trunk(x, self._rotary(slice(i, i + 1)), state.cache)
-        return self.heads[self.layout.steps[i][0]](features[:, 0]), GPTState(i + 1, state.context, state.cache)
+        features = self.trunk.append(x, state.cache, self._rotary(slice(i, i + 1)))
+        logits = state.heads[self.layout.steps[i][0]](features[:, 0])
+        return logits, GPTState(i + 1, state.context, state.cache, state.heads)

@@ -29,8 +29,6 @@ class PixelCNNConfig(PriorConfig):
     """Gated layers."""
     kernel: Annotated[int, Field(ge=3)] = 3
     """Columns that a vertical kernel sees; odd. It sees (kernel + 1) / 2 rows."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Rate at which training drops a channel, at all positions of a sample."""
 
     @field_validator("kernel")
     @classmethod
@@ -42,10 +40,12 @@ class PixelCNNConfig(PriorConfig):
 
 @dataclass
 class PixelCNNState(State):
-    """Attributes:
-    context: each layer's, (B or 1, R, C, features).
-    buffers: each layer's.
-    row: (B, C, D), the embedded codes of the row before and, up to the step, of this one.
+    """What each activation needs that is still to come.
+
+    Attributes:
+        context: of each layer, (B or 1, R, C, features).
+        buffers: of each layer.
+        row: (B, C, D), the embedded codes of the row before; those of this row take their places step by step.
     """
 
     context: list[Tensor]
@@ -95,8 +95,9 @@ class PixelCNNPrior(AutoregressivePrior):
         rows, columns = self.own[0].shape
         x = rearrange(self.codes(self._corrupt(own, rng)[0]), "b (r c) d -> b r c d", r=rows, c=columns)
         v, h = shift_down(x), shift_right(x)
-        for layer, context in zip(self.stack, self._contexts(upper, label), strict=True):
-            v, h = layer(v, h, context)
+        keep = self._keep(rng, self.config.depth, 2, self.config.width)
+        for i, (layer, context) in enumerate(zip(self.stack, self._contexts(upper, label), strict=True)):
+            v, h = layer(v, h, context, None if keep is None else keep[:, i])
         return [self.head(h.flatten(1, 2))]
 
     def _begin(self, n: int, upper: Sequence[Tensor], label: Tensor | None) -> PixelCNNState:

@@ -1,0 +1,141 @@
+"""Every shipped configuration loads through the script that its folder's README names, builds, and takes two steps.
+
+The reductions are those of ``REDUCED``: four samples a step, and tiny data of the same geometry in place of what is not
+bundled. Networks keep their full size.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from intarsia.cli import Flags, load_tree, parse, shipped_configs
+from intarsia.codes import write_codes
+from intarsia.meta import build_on_meta
+from intarsia.specs import SignalSpec
+
+ROOT = Path(__file__).resolve().parent.parent / "configs"
+NAMES = shipped_configs()
+SCRIPTS = {"tokenizer": "stage1_tokenizer.train", "prior": "stage2_prior.train"}
+REDUCED = {"batch_size": 4, "accumulate": 1, "workers": 0, "device": "cpu", "validation_samples": 8}
+LOG = {"every": 1, "validate_every": 0, "pictures_every": 0, "trackers": ()}
+
+
+def kind_of(name: str) -> str:
+    (kind,) = SCRIPTS.keys() & load_tree(name).keys()
+    return kind
+
+
+def load(name: str, run: Path, *flags: str) -> Any:
+    script = importlib.import_module(SCRIPTS[kind_of(name)])
+    cls = script.TokenizerTrainConfig if kind_of(name) == "tokenizer" else script.PriorTrainConfig
+    return parse(cls, ["--config", name, "--run", str(run), *flags])[0]
+
+
+def tiny_data(config: Any, folder: Path) -> Any:
+    """The data configuration with 24 random samples of the same kind where the data are not bundled."""
+    draw = np.random.default_rng(0)
+    if config.type_name == "idx":
+        for stem, n in (("train", 24), ("t10k", 8)):
+            for kind, values in (("images-idx3", draw.integers(0, 256, (n, 28, 28))), ("labels-idx1", np.arange(n) % 10)):
+                head = struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
+                (folder / f"{stem}-{kind}-ubyte").write_bytes(head + values.astype(np.uint8).tobytes())
+        return config.replace(root=str(folder), holdout=8)
+    if config.type_name == "folder":
+        from PIL import Image
+
+        size = config.transform.size or 32
+        height, width = size if isinstance(size, tuple) else (size, size)
+        for i in range(24):
+            path = folder / ("cats" if i % 2 else "dogs") / f"{i}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(draw.integers(0, 256, (height + 9, width + 5, 3), np.uint8)).save(path)
+        return config.replace(root=str(folder), holdout=8)
+    assert config.type_name == "bundled", f"no tiny data for a source of type {config.type_name!r}"
+    return config
+
+
+def tokenizer_of(prior: str) -> str:
+    """The tokenizer configuration of the same folder whose codes the prior takes: the first, or the one that its name begins with."""
+    beside = [name for name in NAMES if Path(name).parent == Path(prior).parent and kind_of(name) == "tokenizer"]
+    return max(beside, key=lambda name: Path(prior).stem.startswith(Path(name).stem))
+
+
+def tiny_codes(name: str, folder: Path) -> Path:
+    """Random codes of the geometry that the tokenizer configuration ``name`` gives."""
+    config = load(name, folder / "none")
+    raw = folder / "data"
+    raw.mkdir()
+    train = importlib.import_module(SCRIPTS["tokenizer"])
+    source = train.SOURCES.build(tiny_data(config.data, raw))
+    levels = train.on_meta(config, source).level_specs()
+    draw = torch.Generator().manual_seed(0)
+    splits = {
+        split: ([torch.randint(level.vocab, (n, *level.shape), generator=draw) for level in levels], torch.arange(n) % 10)
+        for split, n in (("train", 24), ("validation", 8))
+    }
+    made_by = {"type": str(config.tokenizer.type_name), "fingerprint": "0" * 64}
+    write_codes(folder / "codes", splits, levels, signal=source.signal, tokenizer=made_by, classes=[str(i) for i in range(10)])
+    return folder / "codes"
+
+
+def test_there_are_configurations():
+    assert {Path(name).parts[0] for name in NAMES} == {"fashion", "fashion_mnist", "imagefolder"}
+    assert {kind_of(name) for name in NAMES} == SCRIPTS.keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_readme_of_its_folder_names_the_command(name):
+    text = (ROOT / name).parent.joinpath("README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"-m\s+(\S+)[^\n`]*?--config[ =](\S+)", text)
+    assert (SCRIPTS[kind_of(name)], name) in commands, f"{name}: not in the commands {commands}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_the_tree_that_it_describes(name, tmp_path):
+    """What is written is read: no value is only a default's accident, no key another spelling."""
+    config = load(name, tmp_path / "run", *(["--codes", "c"] if kind_of(name) == "prior" else []))
+    tree = config.to_dict()
+    for key, value in load_tree(name).items():
+        assert _within(value, tree[key]), f"{key}: {value} is not in {tree[key]}"
+    assert type(config).from_dict(tree) == config
+
+
+def _within(given: Any, whole: Any) -> bool:
+    if isinstance(given, dict):
+        return all(_within(value, whole[key]) for key, value in given.items())
+    return bool(given == whole)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_builds_and_takes_two_steps(name, tmp_path):
+    run, made = tmp_path / "run", tmp_path / "made"
+    made.mkdir()
+    script = importlib.import_module(SCRIPTS[kind_of(name)])
+    if kind_of(name) == "tokenizer":
+        config = load(name, run)
+        config = config.replace(data=tiny_data(config.data, made), init_samples=16, log=config.log.replace(**LOG), **REDUCED)
+    else:
+        config = load(name, run, "--codes", str(tiny_codes(tokenizer_of(name), made)))
+        config = config.replace(log=config.log.replace(**LOG), **REDUCED)
+    script.train(config, Flags(max_steps=2, allow_low_space=True))
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) >= 2 and (run / "model/config.json").is_file()
+
+
+def test_the_geometries_are_those_that_the_names_promise(tmp_path):
+    """28x28 -> 7x7 codes of 512 for both sets of Fashion-MNIST."""
+    for name in NAMES:
+        if kind_of(name) == "tokenizer" and name.startswith("fashion"):
+            config = load(name, tmp_path / "run")
+            from stage1_tokenizer.tokenizers.base import TOKENIZERS
+
+            module: Any = build_on_meta(TOKENIZERS.get(config.tokenizer.type_name), config.tokenizer, SignalSpec("image", 1, (28, 28)))
+            assert [(level.vocab, level.shape) for level in module.level_specs()] == [(512, (7, 7))]

@@ -1,0 +1,221 @@
+"""The training script of stage 1: exact resumption, fine-tuning, validation, release, and its command line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from intarsia import cli, yaml_io
+from intarsia.config import ConfigError
+from intarsia.metrics_log import read_metrics
+from intarsia.order import Order
+from intarsia.run import Run
+from stage1_tokenizer import train as script
+from stage1_tokenizer.data.base import SOURCES
+from stage1_tokenizer.metrics import psnr, unit
+from stage1_tokenizer.tokenizers.base import Tokenizer
+from tests.training import TOKENIZER, Left, ToyConfig, augmented, run_training, tiny
+
+EVERY = {"validate_every": 5, "pictures_every": 5, "checkpoint_every": 5}
+
+
+def left(config, **flags) -> Left:
+    run_training(config, **flags)
+    return Left.of(config.run)
+
+
+def stop_at(monkeypatch, step: int) -> None:
+    """Sends SIGTERM in the given step of the next training."""
+    real = Run.parts
+
+    def parts(self, loader, at):
+        if at == step:
+            monkeypatch.setattr(Run, "parts", real)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, loader, at)
+
+    monkeypatch.setattr(Run, "parts", parts)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a4_a_run_with_augmentation_resumed_in_mid_epoch_ends_as_if_never_stopped(tmp_path, monkeypatch, workers):
+    changes = {"steps": 15, "data": augmented(), "workers": workers, "optim": {"average": 0.9}, "log": {"checkpoint_every": 4}}
+    whole = left(tiny(tmp_path / "whole", **changes))
+    stop_at(monkeypatch, 8)  # sample 72 of epochs of 50
+    with pytest.raises(SystemExit) as end:
+        left(tiny(tmp_path / "cut", **changes))
+    assert end.value.code == 143 and Left.of(tmp_path / "cut").step == 9
+    assert left(tiny(tmp_path / "cut", **changes)).differences(whole) == []
+
+
+def test_a4_the_comparison_sees_other_augmentation_and_another_order(tmp_path, monkeypatch):
+    """The negative control: a resumed run that starts its epochs, or its order, anew."""
+    changes = {"steps": 12, "data": augmented(), "log": {"checkpoint_every": 8}}
+    whole = left(tiny(tmp_path / "whole", **changes))
+    for name in ("epochs", "indices"):
+        left(tiny(tmp_path / name, **changes), max_steps=8)
+        with monkeypatch.context() as patch:
+            real = getattr(Order, name)
+            patch.setattr(Order, name, lambda self, step, real=real: real(self, step - 8))
+            found = left(tiny(tmp_path / name, **changes)).differences(whole)
+        assert "module/to_codes.weight" in found and "module/quantizer.codebook" in found
+
+
+def test_f3_the_same_command_twice_leaves_the_same_bits_whatever_the_workers(tmp_path):
+    first = left(tiny(tmp_path / "a", steps=10, data=augmented()))
+    assert first.differences(left(tiny(tmp_path / "b", steps=10, data=augmented(), workers=3))) == []
+
+
+def test_validation_pictures_and_releases_change_nothing_in_what_is_trained(tmp_path):
+    changes = {"steps": 15, "optim": {"average": 0.9}}
+    plain = left(tiny(tmp_path / "plain", **changes))
+    looked_at = left(tiny(tmp_path / "looked", **changes, log=EVERY))
+    assert [name for name in looked_at.differences(plain) if name not in ("facts", "metrics")] == []
+    assert (tmp_path / "looked" / "reconstructions.png").exists() and looked_at.facts["best"] is not None
+
+
+def test_bf16_trains_too(tmp_path):
+    end = left(tiny(tmp_path, steps=6, precision="bf16"))
+    assert end.tensors["module/quantizer.codebook"].dtype == torch.float32 and end.facts["precision"] == "bf16"
+
+
+# Validation and release ------------------------------------------------------------------------------------------
+def test_validation_figures_are_those_of_the_released_tokenizer_over_the_whole_split(tmp_path):
+    config = tiny(tmp_path, steps=10, log=EVERY)
+    run_training(config)
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "validation/psnr" in line]
+    best = max(lines, key=lambda line: line["validation/psnr"])
+    assert [line["step"] for line in lines] == [5, 10] and best["step"] == 10
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "model")
+    x = SOURCES.build(config.data).split("validation").batch(torch.arange(11))["x"]
+    codes = tokenizer.encode(x)
+    assert psnr(unit(x), unit(tokenizer.decode(codes))).mean() == pytest.approx(best["validation/psnr"], abs=1e-9)
+    assert best["validation/usage"] == len(codes[0].unique()) / 24
+    newest = Left.of(tmp_path).tensors
+    assert all(torch.equal(value, newest[f"module/{name}"]) for name, value in tokenizer.state_dict().items())
+
+
+def test_the_release_holds_averaged_weights_and_a_codebook_moved_under_them(tmp_path):
+    run_training(tiny(tmp_path, steps=10, optim={"average": 0.9}))
+    release, trained = Tokenizer.from_pretrained(tmp_path / "model").state_dict(), Left.of(tmp_path).tensors
+    assert torch.equal(release["to_codes.weight"], trained["average/to_codes.weight"])
+    assert not torch.equal(release["quantizer.codebook"], trained["module/quantizer.codebook"])
+
+
+def test_without_a_validation_split_the_last_step_is_released(tmp_path, monkeypatch):
+    monkeypatch.setattr("stage1_tokenizer.data.base.Source.splits", ("train",))
+    end = left(tiny(tmp_path, steps=6, log=EVERY))
+    assert end.facts["best"] is None and (tmp_path / "model" / "config.json").exists() and (tmp_path / "reconstructions.png").exists()
+
+
+# Fine-tuning -----------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    run_training(tiny(folder, steps=10))
+    return folder
+
+
+def test_init_starts_from_a_release_codebook_included(tmp_path, trained):
+    config = tiny(tmp_path, steps=1, init=str(trained), optim={"lr": 1e-9, "warmup": 0})
+    run_training(config)
+    first, second = (Tokenizer.from_pretrained(f / "model") for f in (trained, tmp_path))
+    torch.testing.assert_close(first.net.encoder[0].weight, second.net.encoder[0].weight, rtol=0, atol=1e-8)
+    old, new = first.quantizer.counts, second.quantizer.counts
+    assert (new >= 0.9 * old - 1e-5).all() and not torch.equal(new, old)  # one step of the moving averages, no fresh k-means
+
+
+def test_training_the_decoder_alone_keeps_codes_and_fingerprint(tmp_path, trained):
+    config = tiny(tmp_path, steps=10, init=str(trained), train="decoder", optim={"average": 0.9, "weight_decay": 0.1})
+    run_training(config)
+    before, after = (Tokenizer.from_pretrained(f / "model") for f in (trained, tmp_path))
+    assert after.fingerprint == before.fingerprint and after.weights_sha256 != before.weights_sha256
+    changed = {name for name, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
+    assert {"from_codes.weight", "net.decoder.4.weight"} <= changed and not any("encoder" in n or "quantizer" in n for n in changed)
+    assert not any("encoder" in name for name in Left.of(tmp_path).tensors if name.startswith("optimizer/"))
+
+
+def test_a_fine_tuned_run_resumes_without_its_release(tmp_path, trained):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    os.rename(trained / "model", copy / "model")
+    try:
+        run_training(tiny(tmp_path / "run", steps=8, init=str(copy)), max_steps=5)
+        whole = left(tiny(tmp_path / "whole", steps=8, init=str(copy)))
+    finally:
+        os.rename(copy / "model", trained / "model")
+    assert [n for n in left(tiny(tmp_path / "run", steps=8, init=str(copy))).differences(whole) if n != "metrics"] == []
+
+
+def test_a_release_of_another_configuration_is_refused_with_both_values(tmp_path, trained):
+    other = TOKENIZER.replace(quantizer=TOKENIZER.quantizer.replace(codes=12))
+    with pytest.raises(ConfigError, match=r"tokenizer.quantizer.codes: 12, but init \(.*\) was made with 24"):
+        run_training(tiny(tmp_path, tokenizer=other, init=str(trained)))
+    with pytest.raises(ConfigError, match="train: 'decoder' needs init"):
+        tiny(tmp_path).replace(train="decoder")
+
+
+# The command line ------------------------------------------------------------------------------------------------
+def command(monkeypatch, *words: str) -> int:
+    """The exit code of the script's main with these arguments."""
+    monkeypatch.setattr(sys, "argv", ["train", *words])
+    try:
+        cli.run_main(script.main)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+SMALL = ["--tokenizer.net.widths", "[8, 8]", "--tokenizer.net.blocks", "[0, 0]", "--tokenizer.net.encoder_blocks", "[0, 0]"]
+
+
+def test_check_looks_at_the_data_and_dry_run_counts_without_making_a_folder(tmp_path, monkeypatch, capsys):
+    run = str(tmp_path / "run")
+    assert command(monkeypatch, "--run", run, "--data.type", "toy", *SMALL, "--check") == 0
+    out = capsys.readouterr().out
+    assert "train: 50 samples" in out and "level codes: 512 codes on a grid of 4x4" in out
+    assert command(monkeypatch, "--run", run, "--data.type", "toy", *SMALL, "--dry_run", "--optim.average", "0.9") == 0
+    out = capsys.readouterr().out
+    tokenizer = script.on_meta(tiny(run, tokenizer=TOKENIZER), SOURCES.build(ToyConfig()))
+    assert all(p.is_meta for p in tokenizer.parameters()) and "parameters" in out and "bytes per checkpoint" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_checkpoint_is_as_large_as_dry_run_says(tmp_path):
+    config = tiny(tmp_path, steps=1, optim={"average": 0.9, "warmup": 0})
+    said = next(line for line in script.describe(config, SOURCES.build(config.data)) if line.startswith("disk"))
+    run_training(config)
+    tensors = Left.of(tmp_path).tensors.values()
+    assert int(said.split()[1].replace(",", "")) == pytest.approx(sum(t.numel() * t.element_size() for t in tensors), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tokenizer.net.widhts", "[8]"], "tokenizer.net.widhts: unknown key; did you mean 'widths'"),
+        (["--batch_size", "0"], "batch_size: Input should be greater than or equal to 1; got 0"),
+        (["--data.type", "tyo"], "data: unknown data source 'tyo'; did you mean 'toy'"),
+        (["--precision", "fp8"], "precision: Input should be"),
+        (["--resume", "nowhere"], "nowhere/manifest.json: cannot be read"),
+        (["--init", "nowhere"], "nowhere"),
+    ],
+)
+def test_d1_mistakes_end_with_exit_code_2_and_one_line(tmp_path, monkeypatch, capsys, words, message):
+    assert command(monkeypatch, "--run", str(tmp_path / "run"), "--data.type", "toy", "--device", "cpu", *SMALL, *words) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.startswith("error: ") and "Traceback" not in err and err.count("\n") == 1
+
+
+def test_a_run_through_the_command_line_leaves_a_folder_that_resumes_and_refuses_another_configuration(tmp_path, monkeypatch, capsys):
+    words = ["--run", str(tmp_path), "--data.type", "toy", "--device", "cpu", *SMALL, "--steps", "4", "--batch_size", "8"]
+    assert command(monkeypatch, *words, "--max_steps", "2") == 0
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "model", "reconstructions.png"} <= {p.name for p in tmp_path.iterdir()}
+    assert command(monkeypatch, *words) == 0 and "at step 2" in capsys.readouterr().err
+    assert command(monkeypatch, *words, "--seed", "3") == 2 and "seed: 3, but" in capsys.readouterr().err
+    written = script.TokenizerTrainConfig.from_dict(yaml_io.load((tmp_path / "config.yaml").read_text()))
+    assert (written.steps, written.batch_size, written.tokenizer.net.widths) == (4, 8, (8, 8))

@@ -22,6 +22,7 @@ from pydantic import Field
 from intarsia.cli import Flags, parse, run_main
 from intarsia.config import Config, Place
 from intarsia.files import json_bytes, write_atomic
+from intarsia.machine import check_folder
 
 PROGRAM = "python -m pipelines.quickstart"
 
@@ -85,7 +86,8 @@ def gather(run: Path, seconds: dict[str, float]) -> None:
 
 def quickstart(config: QuickstartConfig, flags: Flags) -> None:
     """Runs all stages, or what is left of them."""
-    run, seconds = Path(config.run), {}
+    run = check_folder(config.run)
+    seconds: dict[str, float] = {}
     for name, arguments in stages(config, flags.max_steps):
         start = time.monotonic()
         run_stage(name, arguments)

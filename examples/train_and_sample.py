@@ -6,19 +6,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from intarsia.distributed import comm
-from intarsia.order import Order
+from intarsia import CodesSpec, Cond, Order, StepRng, comm
 from intarsia.pictures import save_grid
-from intarsia.rng import StepRng
-from intarsia.specs import CodesSpec, Cond
 from pipelines import TwoStagePipeline
-from stage1_tokenizer.data.bundled import BundledConfig, BundledSource
-from stage1_tokenizer.tokenizers.vqvae import VQVAE, VQVAEConfig
-from stage2_prior.priors.pixelcnn import PixelCNNConfig, PixelCNNPrior
+from stage1_tokenizer import SOURCES, VQVAE, BundledConfig, VQVAEConfig
+from stage2_prior import PixelCNNConfig, PixelCNNPrior
 
 
 def main(folder: str = "runs/example", images: int = 10_000, tokenizer_steps: int = 2000, prior_steps: int = 2000) -> None:
-    source = BundledSource(BundledConfig())
+    source = SOURCES.build(BundledConfig())
     data = source.split("train").batch(torch.arange(images))
     order = Order(images, batch_size=32, seed=0)
 

@@ -44,6 +44,7 @@ class Prefetch:
 
     def __init__(self, loader: Loader, workers: int, timeout: float, pin: bool) -> None:
         self.loader, self.timeout, self.pin = loader, timeout, pin
+        self._closed = False
         self._jobs: SimpleQueue[tuple[Future[dict[str, Any]], Request] | None] = SimpleQueue()
         self._threads = [threading.Thread(target=self._work, name=f"batches-{i}", daemon=True) for i in range(workers)]
         for thread in self._threads:
@@ -52,7 +53,7 @@ class Prefetch:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             future, request = job
-            if future.set_running_or_notify_cancel():
+            if not self._closed and future.set_running_or_notify_cancel():
                 try:
                     future.set_result(self._make(request))
                 except BaseException as error:  # it is raised again where the batch is waited for
@@ -95,6 +96,8 @@ class Prefetch:
             raise RunError(f"data: no batch after {self.timeout:g} s (samples {first} to {last}); see timeout") from None
 
     def close(self) -> None:
+        """Ends the threads after the batch that each is at."""
+        self._closed = True
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:

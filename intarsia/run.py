@@ -126,12 +126,12 @@ class Run:
         self.check_space(module)
         return self.model
 
-    def check_space(self, module: nn.Module) -> None:
-        """Room for two checkpoints and a release of ``module``, which may lie on the meta device. Raises UserError."""
+    def check_space(self, module: nn.Module, reserve: int = 0) -> None:
+        """Raises UserError without room for two checkpoints and a release of ``module`` (it may be on meta), and ``reserve`` bytes."""
         weights, trained = (machine.tensor_bytes(tensors) for tensors in (module.state_dict().values(), module.parameters()))
         there = sum(f.stat().st_size for f in self.checkpoints.glob("step-*/*"))
         needed = 3 * weights + 2 * trained * (3 if self.config.optim.average else 2) - there
-        machine.check_space(self.folder, machine.SPARE_BYTES + max(0, needed), self.flags.allow_low_space)
+        machine.check_space(self.folder, machine.SPARE_BYTES + reserve + max(0, needed), self.flags.allow_low_space)
 
     def resume(self, extra: Mapping[str, nn.Module] | None = None) -> bool:
         """Continues from the newest valid checkpoint, or from --resume PATH; False where there is none.
@@ -321,7 +321,8 @@ class Run:
             dist.destroy_process_group()
 
     def close(self) -> None:
-        """Ends trackers and threads and frees the folder; a second call does nothing."""
+        """Gives back signal handlers, ends trackers and threads and frees the folder; a second call does nothing."""
+        self._signals.restore()
         self._feed.close()
         self._journal.trackers.close()
         self._unlock()

@@ -178,11 +178,11 @@ class Stepper:
         """Drops the step, or raises where that is not allowed."""
         what = "; ".join(f"{name} on rank {', '.join(map(str, ranks))}" for name, ranks in problems.items())
         message = f"step {step + 1}: not finite: {what}"
+        overflow = False
         if self.scaler is not None:
-            self.scaler.step(self.optimizer)  # skips, since unscale_ has seen the same
-            self.scaler.update()
-        scaled_too_far = self.scaler is not None and set(problems) == {"gradients"} and self.scaler.get_scale() >= _LEAST_SCALE
-        if not scaled_too_far:
+            self.scaler.update()  # lowers the scale: unscale_ has seen the same gradients
+            overflow = problems.keys() == {"gradients"} and self.scaler.get_scale() >= _LEAST_SCALE
+        if not overflow:
             self.bad_steps += 1
             if self.bad_steps > self.config.max_bad_steps:
                 raise RunError(message)

@@ -31,5 +31,9 @@ class StopSignals:
         self.received = self.received or number
 
     def __exit__(self, *error: Any) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self.restore()
+
+    def restore(self) -> None:
+        """Gives the handlers back; a second call does nothing."""
+        while self._previous:
+            signal.signal(*self._previous.popitem())

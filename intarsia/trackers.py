@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,13 +24,30 @@ class Wandb:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
-        mode: Any = os.environ.get("WANDB_MODE")
-        if not mode:
-            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
-        settings = wandb.Settings(init_timeout=30, console="off")
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
         self._wandb = wandb
-        self._run = wandb.init(
-            project="intarsia", name=folder.name, dir=str(folder), config=dict(config), mode=mode, resume="allow", settings=settings
+        try:
+            self._run = self._start(folder, config, mode)
+        except wandb.errors.CommError:
+            if mode != "online":
+                raise
+            self._run = self._start(folder, config, "offline")  # a login, but no way to the server
+
+    def _start(self, folder: Path, config: Mapping[str, Any], mode: Any) -> Any:
+        """One run of the tracker for one run folder, however often it is resumed."""
+        identity = folder / ".wandb-id"
+        if not identity.exists():
+            identity.write_text(secrets.token_hex(4))
+        settings = self._wandb.Settings(init_timeout=20, console="off")
+        return self._wandb.init(
+            project="intarsia",
+            name=folder.name,
+            id=identity.read_text(),
+            resume="allow",
+            dir=str(folder),
+            config=dict(config),
+            mode=mode,
+            settings=settings,
         )
 
     def log(self, values: Mapping[str, float], step: int) -> None:

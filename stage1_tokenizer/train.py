@@ -25,6 +25,7 @@ from intarsia.run import Run
 from intarsia.run_config import RunConfig
 from stage1_tokenizer.data.base import SOURCES, Source, SourceConfig
 from stage1_tokenizer.data.bundled import BundledConfig
+from stage1_tokenizer.encode import space_needed
 from stage1_tokenizer.metrics import CodeMetrics, ReconstructionMetrics, unit
 from stage1_tokenizer.objectives.base import OBJECTIVES, ObjectiveConfig
 from stage1_tokenizer.objectives.reconstruction import ReconstructionConfig
@@ -60,7 +61,8 @@ def train(config: TokenizerTrainConfig, flags: Flags) -> None:
     with Run(config, flags, kind="tokenizer") as run:
         source = SOURCES.build(config.data)
         data = source.split("train").loader(config.seed)
-        run.check_space(on_meta(config, source))
+        shapes = on_meta(config, source)
+        run.check_space(shapes, space_needed(shapes, source, views=1))
         tokenizer = TOKENIZERS.build(config.tokenizer, source.signal)
         objective = OBJECTIVES.build(config.objective).to(run.device, run.dtype)
         if config.train == "decoder":

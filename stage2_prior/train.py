@@ -17,7 +17,7 @@ from intarsia.codes import CodesDataset, CodesError, check_match
 from intarsia.config import ConfigError, Place, differences
 from intarsia.files import json_bytes, read_json, write_atomic
 from intarsia.hub_files import release_folder
-from intarsia.machine import tensor_bytes
+from intarsia.machine import env_rank, tensor_bytes
 from intarsia.meta import build_on_meta
 from intarsia.rng import StepRng
 from intarsia.run import Run
@@ -180,8 +180,10 @@ def main(argv: list[str] | None = None) -> None:
         train(config, flags)
         return
     data, held = datasets(config)
-    print(f"codes: {config.codes}: {len(data)} train rows" + ("" if held is None else f", {len(held)} validation rows"))
-    print(*describe(config, data.spec), sep="\n")
+    lines = [f"codes: {config.codes}: {len(data)} train rows" + ("" if held is None else f", {len(held)} validation rows")]
+    lines += describe(config, data.spec)
+    if env_rank() == 0:
+        print(*lines, sep="\n")
 
 
 if __name__ == "__main__":

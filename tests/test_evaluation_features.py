@@ -59,7 +59,7 @@ def test_other_weights_under_the_bundled_name_are_refused(tmp_path, monkeypatch)
 def test_a_saved_classifier_is_named_by_its_hash_and_says_what_it_adapts(tmp_path):
     spec = ClassifierSpec(SignalSpec("image", 3, (16, 20)), ("a", "b"))
     torch.manual_seed(0)
-    made = CLASSIFIERS.build(ConvClassifierConfig(name="photos", widths=(4, 4, 8), features=5), spec).eval()
+    made = CLASSIFIERS.build(ConvClassifierConfig(name="photos", widths=(4, 4, 4, 8), features=5), spec).eval()
     made.save_pretrained(tmp_path)
     same = load_features(str(tmp_path), spec.signal)
     assert same.name == f"photos {made.weights_sha256[:8]}" and same.sha256 == made.weights_sha256 and same.classes == ("a", "b")
@@ -108,7 +108,7 @@ class Stripes(Source):
 
 
 def test_training_learns_and_the_same_command_gives_the_same_weights():
-    config = TrainFeaturesConfig(out="x", classifier=ConvClassifierConfig(widths=(4, 4, 8), features=6), steps=40, batch_size=16)
+    config = TrainFeaturesConfig(out="x", classifier=ConvClassifierConfig(widths=(4, 4, 4, 8), features=6), steps=40, batch_size=16)
     source = Stripes()
     first, second = train(config, source), train(config, source)
     assert accuracy(first, source.split("validation")) > 0.95

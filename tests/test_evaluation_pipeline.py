@@ -59,7 +59,7 @@ class Blobs(Source):
 def feature_model(classes=tiny.CLASSES):
     torch.manual_seed(3)
     spec = ClassifierSpec(tiny.tokenizer().signal, classes)
-    made = CLASSIFIERS.build(ConvClassifierConfig(name="tiny", widths=(4, 4, 8), features=6), spec).eval()
+    made = CLASSIFIERS.build(ConvClassifierConfig(name="tiny", widths=(4, 4, 4, 8), features=6), spec).eval()
     return FeatureModel(made, "tiny 0000", "0" * 64)
 
 
@@ -216,7 +216,7 @@ def test_the_commands_work_end_to_end_on_other_data(tmp_path, capsys, monkeypatc
         write_idx(tmp_path / f"{name}-images-idx3-ubyte", x[:, 0].numpy())
         write_idx(tmp_path / f"{name}-labels-idx1-ubyte", labels.numpy().astype(np.uint8))
     data = ["--data.type", "idx", "--data.root", str(tmp_path), "--data.classes", "[shoe, bag, Shirt, dress]"]
-    small = ["--classifier.widths", "[4, 4, 8]", "--classifier.features", "6", "--steps", "20", "--batch_size", "16"]
+    small = ["--classifier.widths", "[4, 4, 4, 8]", "--classifier.features", "6", "--steps", "20", "--batch_size", "16"]
     monkeypatch.setattr("sys.argv", ["train_features", *data, *small, "--name", "blobs", "--out", str(tmp_path / "features")])
     train_features.main()
     tiny.pipeline("pixelcnn", micro_batch=16).save_pretrained(tmp_path / "pipeline")

@@ -630,6 +630,7 @@ def test_an_error_in_the_loop_says_rank_and_step(tmp_path):
     with pytest.raises(ZeroDivisionError) as error:
         go(tmp_path, at=lambda step, run: 1 / (3 - step))
     assert error.value.__notes__ == ["rank 0, step 4"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # handlers are given back
 
 
 def test_independent_runs_where_several_processes_were_asked_for_are_refused(tmp_path, monkeypatch):

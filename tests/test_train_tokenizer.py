@@ -171,14 +171,15 @@ def command(monkeypatch, *words: str) -> int:
     return 0
 
 
-SMALL = ["--tokenizer.net.widths", "[8, 8]", "--tokenizer.net.blocks", "[0, 0]", "--tokenizer.net.encoder_blocks", "[0, 0]"]
+CODES = ["--tokenizer.quantizer.codes", "40"]
+SMALL = ["--tokenizer.net.widths", "[8, 8]", "--tokenizer.net.blocks", "[0, 0]", "--tokenizer.net.encoder_blocks", "[0, 0]", *CODES]
 
 
 def test_check_looks_at_the_data_and_dry_run_counts_without_making_a_folder(tmp_path, monkeypatch, capsys):
     run = str(tmp_path / "run")
     assert command(monkeypatch, "--run", run, "--data.type", "toy", *SMALL, "--check") == 0
     out = capsys.readouterr().out
-    assert "train: 50 samples" in out and "level codes: 512 codes on a grid of 4x4" in out
+    assert "train: 50 samples" in out and "level codes: 40 codes on a grid of " in out
     assert command(monkeypatch, "--run", run, "--data.type", "toy", *SMALL, "--dry_run", "--optim.average", "0.9") == 0
     out = capsys.readouterr().out
     tokenizer = script.on_meta(tiny(run, tokenizer=TOKENIZER), SOURCES.build(ToyConfig()))

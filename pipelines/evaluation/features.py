@@ -44,8 +44,8 @@ class ClassifierConfig(Config, registry=CLASSIFIERS):
 class ConvClassifierConfig(ClassifierConfig):
     """A plain convolutional classifier; the number of stages follows from the image size."""
 
-    widths: tuple[int, int, int] = (32, 48, 96)
-    """Channels after the stem, of the first stage, and of the others."""
+    widths: tuple[int, int, int, int] = (16, 32, 48, 96)
+    """Channels at full size, after the first halving, inside the first stage, and of the others."""
     features: int = 96
     """Width of the penultimate layer: the dimension of the feature space."""
 
@@ -99,27 +99,27 @@ class Classifier(Pretrained, nn.Module):
         return self.logits(self.features(x))
 
 
-def _block(channels: int, width: int, kernel: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(channels, width, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+def _block(channels: int, width: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
 
 
 @CLASSIFIERS.register("conv", ConvClassifierConfig)
 class ConvClassifier(Classifier):
-    """Strided 5x5 stem, then 3x3 convolutions down to a grid of about 7x7, mean over it, linear. The mean is the feature vector."""
+    """3x3 convolutions down to a grid of about 7x7, the mean over it, a linear layer. The mean is the feature vector."""
 
     def __init__(self, config: ConvClassifierConfig, spec: ClassifierSpec) -> None:
         super().__init__()
         if min(*config.widths, config.features) < 1:
             raise ValueError(f"classifier: widths {config.widths} and features {config.features} must be positive")
         self.config, self.spec = config, spec
-        stem, first, other = config.widths
+        full, width, first, other = config.widths
+        blocks = [_block(spec.signal.channels, full), _block(full, width, 2)]
         halvings = max(1, round(math.log2(min(spec.signal.shape) / 7)))
-        blocks, width = [_block(spec.signal.channels, stem, 5, 2)], stem
         for stage in range(halvings - 1):
             inner = first if stage == 0 else other
-            blocks += [_block(width, inner, 3, 1), _block(inner, other, 3, 2)]
+            blocks += [_block(width, inner), _block(inner, other, 2)]
             width = other
-        self.body = nn.Sequential(*blocks, _block(width, config.features, 3, 1))
+        self.body = nn.Sequential(*blocks, _block(width, config.features))
         self.head = nn.Linear(config.features, len(spec.classes))
 
     def features(self, x: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class TrainFeaturesConfig(Config):
     """Images per step."""
     lr: Annotated[float, Field(gt=0)] = 4e-3
     """Peak learning rate: AdamW, one cycle."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Of AdamW."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the first weights, the order and the augmentation."""

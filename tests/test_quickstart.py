@@ -1,0 +1,41 @@
+"""The quickstart leaves what it promises, and a second call goes on from what is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from pipelines import TwoStagePipeline
+from pipelines.quickstart import QuickstartConfig, stages
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURES = ("samples.png", "reconstructions.png", "curves.png", "codebook.png")
+
+
+def quickstart(run: Path, steps: int) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "pipelines.quickstart", "--run", str(run), "--samples", "40", "--max_steps", str(steps)]
+    return subprocess.run(words, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+
+
+def test_the_quickstart_leaves_pictures_figures_and_a_pipeline_that_loads(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = quickstart(run, 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all((run / name).read_bytes().startswith(b"\x89PNG") for name in PICTURES)
+    figures = json.loads((run / "metrics.json").read_text())
+    assert figures["evaluation"]["reconstruction"]["samples"] == 2000
+    assert set(figures["seconds"]) == {name for name, _ in stages(QuickstartConfig(), None)}
+    pipeline = TwoStagePipeline.from_pretrained(run / "pipeline")
+    assert pipeline.sample(2, seed=0).shape == (2, 1, 28, 28)
+
+
+def test_a_failing_stage_ends_the_whole_and_names_itself(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tokenizer").write_text("in the way")
+    done = quickstart(tmp_path / "run", 2)
+    assert done.returncode == 2
+    assert "error: tokenizer ended with exit code 2" in done.stderr and "is a file" in done.stderr
+    assert not (tmp_path / "run" / "codes").exists()

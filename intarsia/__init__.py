@@ -6,4 +6,16 @@ from intarsia.order import Order
 from intarsia.rng import StepRng, uniform
 from intarsia.specs import CodesSpec, Cond, LevelSpec, SignalSpec, TokenizerSpec
 
-__all__ = ["CodesDataset", "CodesSpec", "Cond", "LevelSpec", "Order", "SignalSpec", "StepRng", "TokenizerSpec", "comm", "uniform", "write_codes"]
+__all__ = [
+    "CodesDataset",
+    "CodesSpec",
+    "Cond",
+    "LevelSpec",
+    "Order",
+    "SignalSpec",
+    "StepRng",
+    "TokenizerSpec",
+    "comm",
+    "uniform",
+    "write_codes",
+]

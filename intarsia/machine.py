@@ -30,6 +30,8 @@ SPARE_BYTES = 64 << 20  # for logs, pictures and a release of moderate size
 
 
 def env_rank() -> int:
+    """The rank that the launcher gave this process; 0 where there is none."""
+    """This process's rank as the launcher says it, before processes have joined."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -67,6 +69,8 @@ def check_space(folder: Path, needed: int, allow_low_space: bool) -> None:
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """The bytes that the tensors take; those on the meta device count as if they were real."""
+    """The memory of tensors, on whatever device."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

@@ -22,10 +22,10 @@ with Run(config, flags, kind="tokenizer") as run:  # folder, lock, space, proces
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -33,40 +33,29 @@ from torch import Tensor, nn
 
 from intarsia import machine
 from intarsia.average import restored
-from intarsia.checkpoint import newest_valid, save_checkpoint
+from intarsia.checkpoint import save_checkpoint
 from intarsia.cli import Flags
 from intarsia.distributed import comm
-from intarsia.files import write_atomic
-from intarsia.journal import Journal
-from intarsia.lock import RunLock
 from intarsia.parts import Feed, Part
 from intarsia.prefetch import Loader
-from intarsia.release import replace_folder, restore_folder
 from intarsia.rng import StepRng, bits
 from intarsia.run_config import RunConfig
-from intarsia.run_state import RunState, compare_with_folder, load_for
+from intarsia.run_folder import RunFolder, Save
+from intarsia.run_state import RunState, load_for
 from intarsia.schedule import learning_rate
 from intarsia.stepping import Stepper
 from intarsia.stop import StopSignals
 from intarsia.together import compare_ranks, on_main
 
 Cadence = Literal["log", "validate", "pictures"]
-Save = Callable[[Path], Any]
 
 
-class Run:
-    """One training run in one folder: config.yaml, metrics.jsonl, checkpoints/, model/.
+class Run(RunFolder):
+    """One training run in one folder; see RunFolder for how it is opened, and what that raises.
 
     Attributes:
-        config, folder, device, comm, is_main.
-        dtype: of parameters and signals: float64 for precision fp64, else float32.
-        precision: fp32, bf16, fp16 or fp64; never auto.
         step: how many steps are done.
         module, model, optimizer: after ``prepare``; ``model`` is what the loop calls.
-
-    Raises:
-        UserError, ConfigError: a folder that cannot be used, is in use or was made by another configuration; a device or
-            precision that is not there. Before any model is built.
     """
 
     module: nn.Module
@@ -74,35 +63,10 @@ class Run:
     optimizer: torch.optim.Optimizer
 
     def __init__(self, config: RunConfig, flags: Flags | None = None, *, kind: str) -> None:
-        self.config, self.flags, self.kind, self.comm = config, flags or Flags(), kind, comm
-        self.folder = machine.check_folder(config.run)
-        self.checkpoints = self.folder / "checkpoints"
-        device = machine.pick_device(config)
-        self.precision = machine.pick_precision(config, device)
-        self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
-        self._lock = RunLock(self.folder) if machine.env_rank() == 0 else None
-        try:
-            machine.check_space(self.folder, machine.SPARE_BYTES, self.flags.allow_low_space)
-            compare_with_folder(self.folder, config)
-            if config.deterministic:
-                machine.make_deterministic(device)
-            foreign_group = dist.is_initialized()
-            self._accelerator = machine.start_processes(config, device)
-            self._owns_group = dist.is_initialized() and not foreign_group
-            self.device: torch.device = self._accelerator.device
-            self.is_main: bool = comm.rank == 0
-            comm.barrier()  # every rank has compared its configuration with the old file
-            with on_main("config.yaml", comm, self.device):
-                if self.is_main:
-                    write_atomic(self.folder / "config.yaml", config.to_yaml().encode())
-                    restore_folder(self.folder / "model")
-            self._journal = Journal(self.folder, config, comm, self.device)
-        except BaseException:
-            self._unlock()
-            raise
+        super().__init__(config, flags, kind=kind)
         self.step = 0
-        self._in_loop = False
         self._end = config.steps if self.flags.max_steps is None else min(config.steps, self.flags.max_steps)
+        self._in_loop = False
         self._feed = Feed(config, self.device, self.dtype, comm)
         self._signals = StopSignals()
         torch.manual_seed(config.seed)
@@ -126,13 +90,6 @@ class Run:
         self.check_space(module)
         return self.model
 
-    def check_space(self, module: nn.Module, reserve: int = 0) -> None:
-        """Raises UserError without room for two checkpoints and a release of ``module`` (it may be on meta), and ``reserve`` bytes."""
-        weights, trained = (machine.tensor_bytes(tensors) for tensors in (module.state_dict().values(), module.parameters()))
-        there = sum(f.stat().st_size for f in self.checkpoints.glob("step-*/*"))
-        needed = 3 * weights + 2 * trained * (3 if self.config.optim.average else 2) - there
-        machine.check_space(self.folder, machine.SPARE_BYTES + reserve + max(0, needed), self.flags.allow_low_space)
-
     def resume(self, extra: Mapping[str, nn.Module] | None = None) -> bool:
         """Continues from the newest valid checkpoint, or from --resume PATH; False where there is none.
 
@@ -149,18 +106,13 @@ class Run:
             self.step, state, meta = load_for(self.config, path)
             self._state.restore(state, meta, comm)
             self.say(f"resuming {path} at step {self.step}")
-            if meta["precision"] != self.precision:
-                self.say(f"it was trained in {meta['precision']} and goes on in {self.precision}: the bits will differ")
+            for name, now in self._circumstances().items():
+                if meta[name] != now:
+                    self.say(f"{name} was {meta[name]} and is {now}: the run goes on, but not with the bits of an unbroken one")
         with on_main("metrics.jsonl", comm, self.device):
             if self.is_main:
                 self._journal.metrics.cut(self.step)
         return path is not None
-
-    def _newest(self) -> Path | None:
-        """Rank 0 chooses; -1 stands for none."""
-        found = newest_valid(self.checkpoints, self.say) if self.is_main else None
-        step = int(comm.broadcast_(torch.tensor(int(found.name[5:]) if found else -1, device=self.device)))
-        return self.checkpoints / f"step-{step:08d}" if step >= 0 else None
 
     def weights_changed(self) -> None:
         """Call it where other weights were put into the prepared module (--init): the averages start from them."""
@@ -276,15 +228,6 @@ class Run:
             self._end = step + 1
         return improved
 
-    def picture(self, name: str, step: int) -> None:
-        """Sends the picture ``folder/name``, written by rank 0, to the trackers."""
-        if self.is_main:
-            self._journal.trackers.picture(Path(name).stem, self.folder / name, step + 1)
-
-    def say(self, line: str) -> None:
-        """One line to the user, from rank 0."""
-        self._journal.say(line)
-
     def _checkpoint_due(self, step: int) -> bool:
         return (step + 1) % self.config.log.checkpoint_every == 0 or step + 1 == self._end
 
@@ -300,17 +243,11 @@ class Run:
     def _save(self, done: int) -> None:
         compare_ranks(self.module, comm, done)
         state, meta = self._state.collect(comm)
-        meta |= {"kind": self.kind, "config": self.config.to_dict(), "precision": self.precision, "world_size": comm.world_size}
+        meta |= {"kind": self.kind, "config": self.config.to_dict(), **self._circumstances()}
         with on_main(f"checkpoint of step {done}", comm, self.device):
             if self.is_main:
                 self._journal.metrics.flush_to_disk()
                 save_checkpoint(self.checkpoints, done, state, meta, self.config.log.keep)
-
-    def release(self, save: Save) -> None:
-        """Has ``save(folder)`` write the release and puts it in place as model/, whole or not at all."""
-        with on_main("model/", comm, self.device):
-            if self.is_main:
-                replace_folder(self.folder / "model", save)
 
     def finish(self, save: Save) -> None:
         """The end of the run: the release of the last step, unless a better one is kept (``log.release``)."""
@@ -324,15 +261,7 @@ class Run:
         """Gives back signal handlers, ends trackers and threads and frees the folder; a second call does nothing."""
         self._signals.restore()
         self._feed.close()
-        self._journal.trackers.close()
-        self._unlock()
-
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
-
-    def __enter__(self) -> Self:
-        return self
+        super().close()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, Exception) and self._in_loop:

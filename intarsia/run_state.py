@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,8 @@ class RunState:
         if s.average is not None:
             state["average"] = s.average.values
         state |= {f"extra-{name}": _tensors(module) for name, module in self.extra.items()}
-        rest = {"best": self.journal.best, "stale": self.journal.stale, "bad_steps": s.bad_steps}
+        best = self.journal.best
+        rest = {"best": best if best is None or math.isfinite(best) else str(best), "stale": self.journal.stale, "bad_steps": s.bad_steps}
         return state, rest | {"scaler": None if s.scaler is None else s.scaler.state_dict()}
 
     def restore(self, state: State, rest: Mapping[str, Any], comm: Comm) -> None:
@@ -91,7 +93,8 @@ class RunState:
         s.means.restore(state["means"], comm)
         if s.scaler is not None and rest["scaler"] is not None:
             s.scaler.load_state_dict(rest["scaler"])
-        self.journal.best, self.journal.stale, s.bad_steps = rest["best"], rest["stale"], rest["bad_steps"]
+        self.journal.best = None if rest["best"] is None else float(rest["best"])  # JSON has no inf
+        self.journal.stale, s.bad_steps = rest["stale"], rest["bad_steps"]
 
     @property
     def _names(self) -> list[str]:

@@ -10,6 +10,10 @@ from typing import Any, Protocol
 
 
 class Tracker(Protocol):
+    """Where metrics and pictures go besides the run folder."""
+
+    """Where metrics and pictures go. ``step``: steps that are done."""
+
     def log(self, values: Mapping[str, float], step: int) -> None: ...
 
     def picture(self, name: str, path: Path, step: int) -> None: ...

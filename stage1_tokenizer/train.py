@@ -58,6 +58,8 @@ class TokenizerTrainConfig(RunConfig):
 
 
 def train(config: TokenizerTrainConfig, flags: Flags) -> None:
+    """The whole training of a tokenizer, from the checks of the folder to the release in ``model/``."""
+    """One run, from its first step or from where it was; leaves the release in model/."""
     with Run(config, flags, kind="tokenizer") as run:
         source = SOURCES.build(config.data)
         data = source.split("train").loader(config.seed)
@@ -186,6 +188,7 @@ def check(source: Source) -> Iterator[str]:
 
 
 def main() -> None:
+    """The command line."""
     config, flags = parse(TokenizerTrainConfig, program=PROGRAM)
     if not (flags.check or flags.dry_run):
         train(config, flags)

@@ -1,4 +1,4 @@
-"""Linear layers whose weights are laid out once for the processor's kernels, where one layer is called at every step."""
+"""Linear layers whose weights are laid out for the processor's kernels, where no gradient is asked for."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ def _packs(dtype: torch.dtype) -> bool:
 def packed(linear: nn.Linear) -> Projection:
     """``linear`` with its weights as they are now, packed, up to rounding; ``linear`` itself where that cannot be.
 
-    A product of a few rows with a packed matrix takes a half to two thirds of the time on a CPU. There is no gradient through
-    it, so that with gradients on, as on other devices and in float64, the layer itself comes back.
+    A product with a packed matrix takes a half to two thirds of the time on a CPU, with few rows and with many. There is no
+    gradient through it, so that with gradients on, as under autocast, on other devices and in float64, the layer itself comes
+    back.
     """
     weight, bias = linear.weight, linear.bias
-    if torch.is_grad_enabled() or weight.device.type != "cpu" or not _packs(weight.dtype):
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or weight.device.type != "cpu" or not _packs(weight.dtype):
         return linear
     laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
     product = torch.ops.mkldnn._linear_pointwise

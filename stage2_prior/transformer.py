@@ -85,6 +85,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 class Attention(nn.Module):
+    """Causal self-attention with queries, keys and values from one product."""
+
+    """Causal self-attention over the places of a sequence; ``cached`` is the same for one stretch after another."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -100,8 +104,8 @@ class Attention(nn.Module):
         return q, k, v
 
     def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
-        q, k, v = self.split(self.qkv(x), rotary)
-        return self.out(attend(q, k, v, causal=True).transpose(1, 2).flatten(2))
+        q, k, v = self.split(packed(self.qkv)(x), rotary)
+        return packed(self.out)(attend(q, k, v, causal=True).transpose(1, 2).flatten(2))
 
     def cached(self, x: Tensor, rotary: Rotary | None, cache: Cache, layer: int) -> Tensor:
         """The same for the places that follow those in the cache, which takes up their keys and values."""
@@ -125,15 +129,21 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return swiglu(x, self.gate_up, self.down)
+        return swiglu(x, packed(self.gate_up), packed(self.down))
 
 
 def swiglu(x: Tensor, gate_up: Projection, down: Projection) -> Tensor:
+    """down(silu(gate) * up), where ``gate_up`` gives both halves (Shazeer 2020)."""
+    """down(silu(gate) * up), with gate and up in one projection (Shazeer 2020, arXiv:2002.05202)."""
     gate, up = gate_up(x).chunk(2, -1)
     return down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(width, eps=1e-6)

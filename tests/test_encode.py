@@ -33,7 +33,8 @@ from stage1_tokenizer.run_data import with_run_data
 from stage1_tokenizer.tokenizers.vqvae import VQVAE, VQVAEConfig
 
 SIGNALS = {1: SignalSpec("audio", 1, (16,)), 2: SignalSpec("image", 1, (8, 8)), 3: SignalSpec("video", 1, (4, 8, 8))}
-CONFIG = VQVAEConfig(micro_batch=4, net=ConvConfig(widths=(4, 8), blocks=(0, 1), encoder_blocks=None, patch=1), quantizer=VQConfig(codes=16, dim=4))
+NET = ConvConfig(widths=(4, 8), blocks=(0, 1), encoder_blocks=None, patch=1)
+CONFIG = VQVAEConfig(micro_batch=4, net=NET, quantizer=VQConfig(codes=16, dim=4))
 
 
 def tokenizer(axes: int = 2, seed: int = 0) -> VQVAE:

@@ -38,7 +38,7 @@ def test_unpatch_puts_each_channel_at_its_place() -> None:
 
 def test_a_signal_that_the_stride_does_not_divide_is_refused_with_both_values() -> None:
     with pytest.raises(ValueError, match=r"stride of 8; signal shape \(28, 28\)"):
-        NETS.build(ConvConfig(widths=(8, 8, 8, 8), blocks=(0,) * 4, encoder_blocks=None), SignalSpec("image", 1, (28, 28)))
+        NETS.build(ConvConfig(patch=1, widths=(8, 8, 8, 8), blocks=(0,) * 4, encoder_blocks=None), SignalSpec("image", 1, (28, 28)))
 
 
 def test_block_counts_must_match_the_widths() -> None:

@@ -100,8 +100,8 @@ def test_a_block_of_the_readme_runs(block, folder):
     run_block(block, folder)
 
 
-def test_most_of_the_readme_runs():
-    assert README and sum(block.skip is None for block in README) > len(README) / 2
+def test_half_of_the_readme_or_more_runs():
+    assert README and sum(block.skip is None for block in README) >= len(README) / 2
 
 
 SAMPLE = """

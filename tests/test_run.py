@@ -414,6 +414,15 @@ def test_metrics_are_cut_back_to_the_checkpoint_and_a_torn_line_is_dropped(tmp_p
     assert json.loads((tmp_path / "m.jsonl").read_text()) == {"step": 1, "psnr": None, "loss": 0.1}
 
 
+def test_resuming_under_other_circumstances_is_said(tmp_path, capsys, monkeypatch):
+    go(tmp_path, Flags(max_steps=4))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr("intarsia.run.machine.pick_precision", lambda config, device: "bf16")
+    go(tmp_path)
+    err = capsys.readouterr().err
+    assert "threads was 1 and is 3: the run goes on" in err and "precision was fp32 and is bf16" in err and "world_size" not in err
+
+
 def test_steps_may_grow_and_the_schedule_is_read_anew_from_there(tmp_path):
     go(tmp_path, steps=8)
     left = go(tmp_path, steps=16)
@@ -484,6 +493,13 @@ def part_loop(run: Run) -> None:
 
 
 # Validation, release ---------------------------------------------------------------------------------------------
+def test_a_best_figure_that_is_infinite_survives_a_checkpoint(tmp_path):
+    changes = {"figures": lambda step: {"loss": -math.inf if step == 3 else 1.0}, "log": {"validate_every": 4}}
+    go(tmp_path, Flags(max_steps=8), **changes)
+    go(tmp_path, **changes)
+    assert (tmp_path / "model" / "weights").read_text() == "best 4"
+
+
 LOSSES = {2: 0.5, 4: 0.3, 6: 0.4, 8: float("nan"), 10: 0.2, 12: 0.25}
 
 

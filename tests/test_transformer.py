@@ -137,4 +137,6 @@ def test_a_packed_layer_is_the_layer_as_it_was(bias: bool, rows: int) -> None:
         assert (project is layer) or (project(x) - expected).abs().max() < 1e-5
         double = torch.nn.Linear(4, 4).double()
         assert packed(double) is double
+        with torch.autocast("cpu", torch.bfloat16):
+            assert packed(layer) is layer
     assert packed(layer) is layer  # with gradients on

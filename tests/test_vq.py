@@ -213,7 +213,7 @@ def test_kmeans_lowers_the_distortion_and_leaves_no_two_centres_equal() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_latents_get_the_codes_of_their_float32_copy(vq: VQ, dtype: torch.dtype) -> None:
+def test_f2_half_precision_latents_get_the_codes_of_their_float32_copy(vq: VQ, dtype: torch.dtype) -> None:
     z = (torch.randn(8, 4, 50) * 3).to(dtype)
     vq.eval()
     with torch.autocast("cpu", torch.bfloat16):
@@ -228,7 +228,7 @@ def test_large_half_precision_latents_stay_finite(vq: VQ) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_casting_a_model_to_half_precision_leaves_the_codebook_in_float32(vq: VQ, dtype: torch.dtype) -> None:
+def test_f2_casting_a_model_to_half_precision_leaves_the_codebook_in_float32(vq: VQ, dtype: torch.dtype) -> None:
     before = state(vq)
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), vq).to(dtype)
     assert model[0].weight.dtype == dtype

@@ -1,0 +1,1 @@
+"""Sources of signals: one file per kind of data, found by the registry ``SOURCES``."""

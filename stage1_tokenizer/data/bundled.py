@@ -55,6 +55,8 @@ class BundledConfig(SourceConfig):
 
 @SOURCES.register("bundled", BundledConfig)
 class BundledSource(Source):
+    """A set of images that ships with the package, held in memory."""
+
     config: BundledConfig
 
     def __init__(self, config: BundledConfig) -> None:

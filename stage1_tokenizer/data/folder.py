@@ -31,6 +31,8 @@ class FolderConfig(DecodedConfig):
 
 @SOURCES.register("folder", FolderConfig)
 class FolderSource(DecodedSource):
+    """The images below a folder, in the order of their names."""
+
     config: FolderConfig
 
     def __init__(self, config: FolderConfig) -> None:

@@ -60,6 +60,8 @@ class HubConfig(DecodedConfig):
 
 @SOURCES.register("hub", HubConfig)
 class HubSource(DecodedSource):
+    """An image column of a data set that ``datasets`` reads."""
+
     config: HubConfig
 
     def __init__(self, config: HubConfig) -> None:

@@ -40,6 +40,8 @@ class IdxConfig(SourceConfig):
 
 @SOURCES.register("idx", IdxConfig)
 class IdxSource(Source):
+    """The images of MNIST-format files, held in memory."""
+
     config: IdxConfig
 
     def __init__(self, config: IdxConfig) -> None:

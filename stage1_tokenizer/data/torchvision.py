@@ -54,6 +54,8 @@ class TorchvisionConfig(DecodedConfig):
 
 @SOURCES.register("torchvision", TorchvisionConfig)
 class TorchvisionSource(DecodedSource):
+    """The images of one of torchvision's data sets."""
+
     config: TorchvisionConfig
 
     def __init__(self, config: TorchvisionConfig) -> None:

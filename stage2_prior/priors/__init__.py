@@ -1,0 +1,1 @@
+"""Distributions over codes: one file per prior, found by the registry ``PRIORS``."""

@@ -251,6 +251,8 @@ class Prior(Pretrained, nn.Module):
 
 
 def bits(nats: Tensor) -> Tensor:
+    """Nats in bits."""
+    """Nats in bits."""
     return nats / math.log(2)
 
 

@@ -102,7 +102,7 @@ class GPTPrior(AutoregressivePrior):
         n = x.shape[0]
         x = torch.cat([self._first(context).expand(n, -1, -1), x[:, :-1] + context.aligned[:, 1:]], 1)
         features = self.trunk(x, self._rotary(slice(None)), keep=self._keep(rng, self.config.depth, 2, self.config.width))
-        return [head(f) for head, f in zip(self.output, self.layout.split(features), strict=True)]
+        return [packed(head)(f) for head, f in zip(self.output, self.layout.split(features), strict=True)]
 
     def _begin(self, n: int, upper: Sequence[Tensor], label: Tensor | None) -> GPTState:
         return GPTState(0, self._context(upper, label), self.trunk.cache(n, len(self.layout)), [packed(head) for head in self.output])

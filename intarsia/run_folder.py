@@ -1,0 +1,115 @@
+"""A run's folder, opened: config.yaml, metrics.jsonl, checkpoints/, model/; locked, compared, with its processes and trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from intarsia import machine
+from intarsia.checkpoint import newest_valid
+from intarsia.cli import Flags
+from intarsia.distributed import comm
+from intarsia.files import write_atomic
+from intarsia.journal import Journal
+from intarsia.lock import RunLock
+from intarsia.release import replace_folder, restore_folder
+from intarsia.run_config import RunConfig
+from intarsia.run_state import compare_with_folder
+from intarsia.together import on_main
+
+Save = Callable[[Path], Any]
+
+
+class RunFolder:
+    """What a run has before any model is built, and what it writes besides checkpoints.
+
+    Attributes:
+        config, flags, kind, folder, device, comm, is_main.
+        dtype: of parameters and signals: float64 for precision fp64, else float32.
+        precision: fp32, bf16, fp16 or fp64; never auto.
+
+    Raises:
+        UserError: a folder that cannot be written to, is in use, or lies on a full disk.
+        ConfigError: a folder with results of another configuration; a device or precision that is not there.
+        RunError: processes that do not find each other.
+    """
+
+    def __init__(self, config: RunConfig, flags: Flags | None = None, *, kind: str) -> None:
+        self.config, self.flags, self.kind, self.comm = config, flags or Flags(), kind, comm
+        self.folder = machine.check_folder(config.run)
+        self.checkpoints = self.folder / "checkpoints"
+        device = machine.pick_device(config)
+        self.precision = machine.pick_precision(config, device)
+        self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
+        self._lock = RunLock(self.folder) if machine.env_rank() == 0 else None
+        try:
+            machine.check_space(self.folder, machine.SPARE_BYTES, self.flags.allow_low_space)
+            compare_with_folder(self.folder, config)
+            if config.deterministic:
+                machine.make_deterministic(device)
+            foreign_group = dist.is_initialized()
+            self._accelerator = machine.start_processes(config, device)
+            self._owns_group = dist.is_initialized() and not foreign_group
+            self.device: torch.device = self._accelerator.device
+            self.is_main: bool = comm.rank == 0
+            comm.barrier()  # every rank has compared its configuration with the old file
+            with on_main("config.yaml", comm, self.device):
+                if self.is_main:
+                    write_atomic(self.folder / "config.yaml", config.to_yaml().encode())
+                    restore_folder(self.folder / "model")
+            self._journal = Journal(self.folder, config, comm, self.device)
+        except BaseException:
+            self._unlock()
+            raise
+
+    def check_space(self, module: nn.Module, reserve: int = 0) -> None:
+        """Raises UserError without room for two checkpoints and a release of ``module`` (it may be on meta), and ``reserve`` bytes."""
+        weights, trained = (machine.tensor_bytes(tensors) for tensors in (module.state_dict().values(), module.parameters()))
+        there = sum(f.stat().st_size for f in self.checkpoints.glob("step-*/*"))
+        needed = 3 * weights + 2 * trained * (3 if self.config.optim.average else 2) - there
+        machine.check_space(self.folder, machine.SPARE_BYTES + reserve + max(0, needed), self.flags.allow_low_space)
+
+    def _newest(self) -> Path | None:
+        """Rank 0 chooses; -1 stands for none."""
+        found = newest_valid(self.checkpoints, self.say) if self.is_main else None
+        step = int(comm.broadcast_(torch.tensor(int(found.name[5:]) if found else -1, device=self.device)))
+        return self.checkpoints / f"step-{step:08d}" if step >= 0 else None
+
+    def _circumstances(self) -> dict[str, Any]:
+        """What is no part of the configuration and decides the last bits all the same."""
+        return {"precision": self.precision, "threads": torch.get_num_threads(), "world_size": comm.world_size}
+
+    def say(self, line: str) -> None:
+        """One line to the user, from rank 0."""
+        self._journal.say(line)
+
+    def picture(self, name: str, step: int) -> None:
+        """Sends the picture ``folder/name``, written by rank 0, to the trackers."""
+        if self.is_main:
+            self._journal.trackers.picture(Path(name).stem, self.folder / name, step + 1)
+
+    def release(self, save: Save) -> None:
+        """Has ``save(folder)`` write the release and puts it in place as model/, whole or not at all."""
+        with on_main("model/", comm, self.device):
+            if self.is_main:
+                replace_folder(self.folder / "model", save)
+
+    def close(self) -> None:
+        """Ends trackers and frees the folder; a second call does nothing."""
+        self._journal.trackers.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self.close()

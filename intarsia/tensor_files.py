@@ -76,8 +76,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     needed = sum(t.numel() * t.element_size() for t in plain.values())
     with atomic(path, needed) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask allows; save_file would leave a file that nobody else can read
         try:
             save_file(plain, temporary, metadata={"format": "pt"})
+            temporary.chmod(mode)
         except SafetensorError as error:  # what it raises on a full disk, without an errno
             raise OSError(errno.ENOSPC, str(error)) from error
 

@@ -6,14 +6,22 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from intarsia.files import DiskFullError, atomic, json_bytes, read_json, write_atomic
+from intarsia.tensor_files import save_tensors
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     write_atomic(tmp_path / "a", b"old")
     write_atomic(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"new" and os.listdir(tmp_path) == ["a"]
+
+
+def test_tensors_get_the_mode_that_other_files_get(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "a", b"plain")
+    save_tensors(tmp_path / "b.safetensors", {"x": torch.zeros(3)})
+    assert (tmp_path / "b.safetensors").stat().st_mode == (tmp_path / "a").stat().st_mode
 
 
 def test_an_error_while_writing_leaves_the_old_file_and_nothing_temporary(tmp_path: Path) -> None:

@@ -81,7 +81,9 @@ def load_tree(name: str) -> dict[str, Any]:
     return tree
 
 
-def help_text(cls: type[Config], program: str, tree: Mapping[str, Any] | None = None) -> str:
+def help_text(
+    cls: type[Config], program: str, tree: Mapping[str, Any] | None = None, aliases: Mapping[str, str] | None = None
+) -> str:
     """Every field with its value (that of ``tree``, else the default), class and doc."""
     lines = [f"usage: {program} [--config NAME|PATH] [--key value ...] [flags]", "", (cls.__doc__ or "").strip(), "", "fields:"]
     for path, field, value in walk(cls, tree):
@@ -93,6 +95,8 @@ def help_text(cls: type[Config], program: str, tree: Mapping[str, Any] | None = 
             lines.append(f"      types: {', '.join(inner.registry.names())}; --{path} NAME --help lists the fields of another one")
         elif get_origin(field.annotation) is Literal:
             lines.append(f"      one of: {', '.join(map(str, get_args(field.annotation)))}")
+    if aliases:
+        lines += ["", "short names:"] + [f"  --{name} is --{path}" for name, path in aliases.items()]
     lines += ["", "flags:"] + [f"  --{name}: {doc}" for name, doc in _FLAG_DOCS.items()]
     return "\n".join(lines)
 
@@ -146,7 +150,7 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, aliases: Mapping[str,
     try:
         tree = apply_flags(cls, load_tree(config) if config is not None else {}, edits)
         if wants_help:
-            print(help_text(cls, program or Path(sys.argv[0]).name, tree))
+            print(help_text(cls, program or Path(sys.argv[0]).name, tree, aliases))
             raise SystemExit(0)
         parsed = cls.from_dict(tree)
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""The device and the processes of a script that trains nothing: evaluation and the like."""
+"""The device and the processes of a script that trains nothing: encoding, evaluation."""
 
 from __future__ import annotations
 
@@ -36,6 +36,9 @@ def start(device: str, timeout: float) -> torch.device:
     die_with_parent()
     state = PartialState(cpu=place.type == "cpu", timeout=timedelta(seconds=timeout))
     if state.num_processes != world or comm.world_size != world:
-        raise RunError(f"WORLD_SIZE is {world}, but accelerate joined {state.num_processes} process(es)")
+        raise RunError(
+            f"WORLD_SIZE is {world}, but accelerate joined {state.num_processes} process(es); on CPUs launch with"
+            " ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
+        )
     atexit.register(state.destroy_process_group)
     return state.device

@@ -5,14 +5,11 @@ Any number of processes writes the same bytes. A killed dump goes on where it wa
 
 from __future__ import annotations
 
-import atexit
-import os
 import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +24,7 @@ from intarsia.config import Config, ConfigError, Place
 from intarsia.distributed import Comm, comm
 from intarsia.files import DiskFullError
 from intarsia.hub_files import release_folder
-from intarsia.machine import die_with_parent
+from intarsia.processes import start
 from stage1_tokenizer.data.base import SOURCES, Source, SourceConfig
 from stage1_tokenizer.run_data import with_run_data
 from stage1_tokenizer.tokenizers.base import Tokenizer
@@ -173,36 +170,6 @@ def summary(manifest: Manifest) -> str:
             grid = "x".join(map(str, level.shape))
             lines.append(f"  {level.name} {grid}: {used} of {level.vocab} codes used, perplexity {perplexity:g}")
     return "\n".join(lines)
-
-
-def start(kind: str, timeout: float) -> torch.device:
-    """The device; with several processes, also their process group.
-
-    Args:
-        kind: auto, cpu or cuda.
-        timeout: seconds after which a process that waits for another gives up.
-
-    Raises:
-        ConfigError: cuda where there is none. RunError: WORLD_SIZE processes that do not find each other.
-    """
-    cuda = torch.cuda.is_available()
-    if kind == "cuda" and not cuda:
-        raise ConfigError(["device: 'cuda', but torch sees no CUDA device; expected 'cpu' or 'auto'"])
-    device = torch.device("cuda" if cuda and kind != "cpu" else "cpu")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        from accelerate import PartialState
-
-        die_with_parent()
-        state = PartialState(cpu=device.type == "cpu", timeout=timedelta(seconds=timeout))
-        if state.num_processes != world or comm.world_size != world:
-            raise RunError(
-                f"WORLD_SIZE is {world}, but accelerate runs {state.num_processes} process(es); on CPUs launch with"
-                " ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
-            )
-        atexit.register(state.destroy_process_group)
-        device = state.device
-    return device
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -23,8 +23,8 @@ from intarsia.files import json_bytes, write_atomic
 from intarsia.hub_files import release_folder
 from intarsia.order import share
 from intarsia.pictures import save_codebook, save_strips
+from intarsia.processes import start
 from stage1_tokenizer.data.base import SOURCES, Source, SourceConfig, Split
-from stage1_tokenizer.encode import start
 from stage1_tokenizer.metrics import CodeMetrics, ReconstructionMetrics, finite_or_null, unit
 from stage1_tokenizer.run_data import with_run_data
 from stage1_tokenizer.tokenizers.base import Tokenizer

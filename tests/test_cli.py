@@ -136,6 +136,7 @@ def test_aliases_are_short_names_for_paths():
     assert job("--teeth", "4", aliases={"teeth": "tool.teeth"}).tool == SawConfig(teeth=4)
     said = mistakes("--run", "r", "--teeht", "4", aliases={"teeth": "tool.teeth"})
     assert said[0].startswith("--teeht: unknown key; did you mean 'teeth'?")
+    assert "short names:\n  --teeth is --tool.teeth\n" in cli.help_text(JobConfig, "do", None, {"teeth": "tool.teeth"})
 
 
 def test_flags_that_every_script_knows():

@@ -151,9 +151,20 @@ FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "job
 FORBIDDEN_CALLS = {"eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.full_load", "yaml.unsafe_load", "torch.hub.load"}
 
 
+def _origins(tree: ast.Module) -> dict[str, str]:
+    """What each imported name stands for, so that ``import torch as t`` hides nothing."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
 def dangers(tree: ast.Module, allow_torch_load: bool = False) -> list[str]:
     """What gate E1 forbids, as "line: what"."""
-    found = []
+    found, origins = [], _origins(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names]
@@ -161,8 +172,12 @@ def dangers(tree: ast.Module, allow_torch_load: bool = False) -> list[str]:
                 names = [f"{node.module}.{name}" for name in names] + [str(node.module)]
             bad = [name for name in names if name.split(".")[0] in FORBIDDEN_MODULES or name in FORBIDDEN_CALLS | {"torch.load"}]
             found += [f"{node.lineno}: imports {name}" for name in bad]
+        if isinstance(node, ast.Constant) and node.value in FORBIDDEN_MODULES:
+            found.append(f"{node.lineno}: names {node.value}")
         if isinstance(node, ast.Call):
-            called, words = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+            head, dot, rest = ast.unparse(node.func).partition(".")
+            called = origins.get(head, head) + dot + rest
+            words = {word.arg: ast.unparse(word.value) for word in node.keywords}
             if called in FORBIDDEN_CALLS:
                 found.append(f"{node.lineno}: {called}")
             if called == "torch.load" and not (allow_torch_load and words.get("weights_only") == "True"):
@@ -185,6 +200,10 @@ def test_e1_nothing_is_unpickled_evaluated_or_run_through_a_shell(path):
         "from dill import loads",
         "import torch\ntorch.load(p, weights_only=True)",
         "from torch import load",
+        "import torch as t\nt.load(p)",
+        "import os as o\no.system('ls')",
+        "import_module('pickle')",
+        "__import__('dill')",
         "np.load(p, allow_pickle=True)",
         "np.load(p, allow_pickle=flag)",
         "yaml.load(t, Loader=L)",

@@ -9,15 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intarsia.padded import run_padded
-from intarsia.rng import StepRng
-from intarsia.specs import Cond
 from pipelines.evaluation.baseline import IndependentCodes
 from pipelines.evaluation.bootstrap import mean_estimate
+from pipelines.likelihood import nats
 from pipelines.two_stage import TwoStagePipeline
 
 
-@torch.no_grad()
 def prior_bits(pipeline: TwoStagePipeline, codes: Sequence[Tensor], label: Tensor | None) -> list[Tensor]:
     """For each prior (n,) float64 on the CPU: -log2 p(its levels | levels above, label), summed over its codes.
 
@@ -27,19 +24,10 @@ def prior_bits(pipeline: TwoStagePipeline, codes: Sequence[Tensor], label: Tenso
         codes: one (n, *grid) int64 tensor per level.
         label: (n,) int64, or None for priors without labels.
     """
-    n = codes[0].shape[0]
-    index = torch.arange(n, device=pipeline.device)
-    given = index if label is None else label.to(pipeline.device)
-    out = []
-    for prior in pipeline.priors:
-
-        def per_sample(ids: Tensor, labels: Tensor, *codes: Tensor, prior: Any = prior) -> list[Tensor]:
-            cond = Cond(label=labels) if prior.conditional and label is not None else None
-            return [prior.nll(codes, cond, StepRng(0, 0, ids)).double().sum(1)]
-
-        rows = [index, given, *(c.to(pipeline.device) for c in codes[: prior.levels.stop])]
-        out.append(run_padded(per_sample, rows, pipeline.micro_batch)[0].cpu() / math.log(2))
-    return out
+    moved = [c.to(pipeline.device) for c in codes]
+    given = None if label is None else label.to(pipeline.device)
+    found = [nats([prior], moved[: prior.levels.stop], given, pipeline.micro_batch) for prior in pipeline.priors]
+    return [bits.cpu() / math.log(2) for bits in found]
 
 
 def bits_report(

@@ -3,7 +3,8 @@
 A Frechet distance means something only together with the network that it was measured in, so every figure carries the
 model's name: "FD (fashion-cnn-v1)". One model ships with the package: ``fashion-cnn-v1``, trained by
 ``python -m pipelines.evaluation.train_features`` on the 10,000 bundled training images alone, its weights pinned by sha256;
-it calls 92.0 % of the 2,000 bundled validation images right. It has no part in any training. For other data the same script trains another from labelled images of that data.
+it calls 92.0 % of the 2,000 bundled validation images right. It has no part in any training. For other data the same script
+trains another from labelled images of that data.
 """
 
 from __future__ import annotations

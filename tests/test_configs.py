@@ -93,9 +93,13 @@ def test_there_are_configurations():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_readme_of_its_folder_names_the_command(name):
-    text = (ROOT / name).parent.joinpath("README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    commands = re.findall(r"-m\s+(\S+)[^\n`]*?--config[ =](\S+)", text)
+    text = (ROOT / name).parent.joinpath("README.md").read_text(encoding="utf-8")
+    commands, script = [], ""
+    for found in re.finditer(r"-m\s+([\w.]+)|--config[ =]([\w/]+)", text):  # "the same with --config" is of the command before
+        script = found[1] or script
+        commands += [(script, found[2])] if found[2] else []
     assert (SCRIPTS[kind_of(name)], name) in commands, f"{name}: not in the commands {commands}"
+    assert f"{Path(name).name}.yaml" in text
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -91,10 +91,11 @@ assert names and all(load_tree(name) for name in names)
 print(len(names))
 """
 DATA = """
+import torch
 from stage1_tokenizer import SOURCES
 source = SOURCES.build(SOURCES.config("bundled")(name="fashion"))
 train, validation = source.split("train"), source.split("validation")
-print(len(train), len(validation), len(source.classes), tuple(train.batch([0, 1])["x"].shape))
+print(len(train), len(validation), len(source.classes), tuple(train.batch(torch.tensor([0, 1]))["x"].shape))
 """
 PIPELINE = """
 from pipelines import TwoStagePipeline

@@ -63,3 +63,9 @@ def test_links_lead_somewhere(document):
     text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:|#", link)]
     assert not [link for link in links if not (document.parent / link).exists()]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=[path.relative_to(ROOT).as_posix() for path in DOCUMENTS])
+def test_no_document_waits_for_its_figures(document):
+    text = document.read_text(encoding="utf-8")
+    assert not re.findall(r"^TABLE$|\b[A-Z]+_FIGURES\b|\bTODO\b|\bTBD\b", text, re.MULTILINE)

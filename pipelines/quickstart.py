@@ -8,7 +8,6 @@ metrics.json and ``pipeline/``, which ``TwoStagePipeline.from_pretrained`` loads
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import torch
 from pydantic import Field
 
 from intarsia.cli import Flags, parse, run_main
@@ -26,7 +24,6 @@ from intarsia.files import json_bytes, write_atomic
 from intarsia.machine import check_folder
 
 PROGRAM = "python -m pipelines.quickstart"
-ALONE = ("pipeline", "samples")  # stages that run in one process
 
 
 class QuickstartConfig(Config):
@@ -44,17 +41,6 @@ class QuickstartConfig(Config):
     """Samples that are drawn for the evaluation."""
     device: Place[str] = "auto"
     """auto: CUDA where there is one."""
-    processes: Place[Annotated[int, Field(ge=0)]] = 0
-    """Processes of a stage that can share its work. 0: on a CPU under Linux one per core, at most 4; else one."""
-
-
-def processes(config: QuickstartConfig) -> int:
-    """How many processes a stage runs in. On a CPU, processes of one thread each bear other load better than threads do."""
-    if config.processes:
-        return config.processes
-    if not hasattr(os, "sched_getaffinity") or (config.device != "cpu" and torch.cuda.is_available()):
-        return 1
-    return min(4, len(os.sched_getaffinity(0)))
 
 
 def stages(config: QuickstartConfig, max_steps: int | None) -> list[tuple[str, list[str]]]:
@@ -75,15 +61,10 @@ def stages(config: QuickstartConfig, max_steps: int | None) -> list[tuple[str, l
     ]
 
 
-def run_stage(name: str, arguments: Sequence[str], count: int) -> None:
-    """Runs one command in ``count`` processes; its failure ends the whole with the same exit code."""
-    env = dict(os.environ)
-    launcher = ["-m"]
-    if count > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "-m"]
-        env |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    print(f"\n[{name}] python {shlex.join([*launcher, *arguments])}", flush=True)
-    code = subprocess.run([sys.executable, *launcher, *arguments], check=False, env=env).returncode
+def run_stage(name: str, arguments: Sequence[str]) -> None:
+    """Runs one command; its failure ends the whole with the same exit code."""
+    print(f"\n[{name}] python -m {shlex.join(arguments)}", flush=True)
+    code = subprocess.run([sys.executable, "-m", *arguments], check=False).returncode
     if code:
         print(f"error: {name} ended with exit code {code}; the same command goes on from there", file=sys.stderr)
         raise SystemExit(code if code > 0 else 128 - code)
@@ -107,7 +88,7 @@ def quickstart(config: QuickstartConfig, flags: Flags) -> None:
     seconds: dict[str, float] = {}
     for name, arguments in stages(config, flags.max_steps):
         start = time.monotonic()
-        run_stage(name, arguments, 1 if name in ALONE else processes(config))
+        run_stage(name, arguments)
         seconds[name] = round(time.monotonic() - start, 1)
     gather(run, seconds)
     print(f"\nDone in {sum(seconds.values()) / 60:.1f} minutes: {', '.join(f'{name} {s:.0f} s' for name, s in seconds.items())}")

@@ -79,6 +79,8 @@ class CodesDataset:
         CodesError: an incomplete or damaged set, one of another tokenizer, an unknown split.
     """
 
+    in_memory = True  # no thread prepares batches ahead
+
     def __init__(self, folder: str | Path, split: str, expected: CodesSpec | TokenizerSpec | None = None) -> None:
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(folder)

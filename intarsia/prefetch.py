@@ -20,7 +20,11 @@ Request = tuple[Tensor, Tensor | None]
 
 
 class Loader(Protocol):
-    """What training reads from: a map-style source of whole batches."""
+    """What training reads from: a map-style source of whole batches.
+
+    One with an attribute ``in_memory`` that is True only looks its batches up: no thread prepares them ahead. On a CPU a
+    second thread's tensor operations would bring a second pool of OpenMP threads, which compete with those of training.
+    """
 
     def __len__(self) -> int: ...
 
@@ -45,6 +49,7 @@ class Prefetch:
     def __init__(self, loader: Loader, workers: int, timeout: float, pin: bool) -> None:
         self.loader, self.timeout, self.pin = loader, timeout, pin
         self._closed = False
+        workers = 0 if getattr(loader, "in_memory", False) else workers
         self._jobs: SimpleQueue[tuple[Future[dict[str, Any]], Request] | None] = SimpleQueue()
         self._threads = [threading.Thread(target=self._work, name=f"batches-{i}", daemon=True) for i in range(workers)]
         for thread in self._threads:

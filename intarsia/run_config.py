@@ -71,7 +71,7 @@ class RunConfig(Config):
     device: Place[Literal["auto", "cpu", "cuda"]] = "auto"
     """auto: CUDA where there is one."""
     workers: Place[NotNegative] = 1
-    """Threads that prepare batches ahead; 0 = none. The result does not depend on it."""
+    """Threads that prepare batches ahead, where data are not in memory; 0 = none. The result does not depend on it."""
     init: str | None = None
     """Start from this release: a folder, a run's model/, or a Hub id."""
     max_bad_steps: Place[NotNegative] = 0

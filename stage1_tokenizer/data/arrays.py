@@ -28,6 +28,8 @@ class ArraySplit(Split):
     Raises DataError naming the first bad index for another shape or dtype, NaN, inf, or values out of range.
     """
 
+    in_memory = True
+
     def __init__(self, x: Any, labels: Any = None, transform: TransformConfig | None = None, origin: Tensor | None = None) -> None:
         self.transform = transform or TransformConfig()
         self.raw = check_array(torch.as_tensor(x))

@@ -44,11 +44,13 @@ class Split:
         signal: geometry of a sample after the transform.
         labels: (N,) int64 in [0, classes), or None where unlabelled.
         origin: (N,) int64, the position of each sample in the source's own order, before anything was held out or skipped.
+        in_memory: whether a batch is only looked up, not decoded.
     """
 
     signal: SignalSpec
     labels: Tensor | None
     origin: Tensor
+    in_memory: ClassVar[bool] = False
 
     def __len__(self) -> int:
         return self.origin.shape[0]
@@ -97,6 +99,11 @@ class Loader:
 
     split: Split
     seed: int
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether a batch is only looked up."""
+        return self.split.in_memory
 
     def __len__(self) -> int:
         return len(self.split)

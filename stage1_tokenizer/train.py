@@ -58,7 +58,6 @@ class TokenizerTrainConfig(RunConfig):
 
 
 def train(config: TokenizerTrainConfig, flags: Flags) -> None:
-    """The whole training of a tokenizer, from the checks of the folder to the release in ``model/``."""
     """One run, from its first step or from where it was; leaves the release in model/."""
     with Run(config, flags, kind="tokenizer") as run:
         source = SOURCES.build(config.data)

@@ -1,4 +1,4 @@
-"""From logits to codes: guidance, temperature, top-k, top-p, and a draw by the inverse of the distribution function.
+"""From logits to codes: guidance, temperature, top-k, top-p, min-p, and a draw by the inverse of the distribution function.
 
 Pure functions of tensors. A draw takes one uniform number for each row, so that what a row becomes is a function of its
 logits and its own number alone.
@@ -7,6 +7,7 @@ logits and its own number alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,6 +21,33 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
+SHAPES = ("linear", "cosine")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Guidance that changes along the way, from ``start`` at the first draw of a level to ``stop`` at its last.
+
+    Attributes:
+        shape: linear, or cosine: start + (stop - start) (1 - cos(pi u)) / 2, slow at both ends.
+    """
+
+    start: float
+    stop: float
+    shape: str = "linear"
+
+    def __post_init__(self) -> None:
+        _number("guidance.start", self.start)
+        _number("guidance.stop", self.stop)
+        if self.shape not in SHAPES:
+            raise ValueError(f"guidance.shape: {self.shape!r}; expected {' or '.join(SHAPES)}")
+
+    def at(self, progress: float) -> float:
+        """g at ``progress`` in [0, 1]."""
+        u = progress if self.shape == "linear" else (1 - math.cos(math.pi * progress)) / 2
+        return self.start + (self.stop - self.start) * u
+
+
 @dataclass(frozen=True)
 class DrawOptions:
     """How one code is drawn.
@@ -29,13 +57,16 @@ class DrawOptions:
         top_k: keep the k most probable codes (and those that tie with the last of them), in [1, vocab]; None keeps all.
         top_p: keep the smallest set of most probable codes whose mass is at least this, in (0, 1] (Holtzman et al. 2020,
             nucleus sampling), after top_k; None keeps all.
-        guidance: g of ``guide``; 1 is off.
+        min_p: keep the codes at least this share as probable as the most probable one, in [0, 1] (Nguyen et al. 2024),
+            after top_p; None keeps all.
+        guidance: g of ``guide``, a number or a ``Guidance``; 1 is off.
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
-    guidance: float = 1.0
+    min_p: float | None = None
+    guidance: float | Guidance = 1.0
 
     def __post_init__(self) -> None:
         if _number("temperature", self.temperature) < 0:
@@ -44,7 +75,19 @@ class DrawOptions:
             raise ValueError(f"top_k: {self.top_k!r}; expected a whole number >= 1")
         if self.top_p is not None and not 0 < _number("top_p", self.top_p) <= 1:
             raise ValueError(f"top_p: {self.top_p!r}; expected a number in (0, 1]")
-        _number("guidance", self.guidance)
+        if self.min_p is not None and not 0 <= _number("min_p", self.min_p) <= 1:
+            raise ValueError(f"min_p: {self.min_p!r}; expected a number in [0, 1]")
+        if not isinstance(self.guidance, Guidance):
+            _number("guidance", self.guidance)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the null is asked at all."""
+        return isinstance(self.guidance, Guidance) or self.guidance != 1
+
+    def guidance_at(self, progress: float) -> float:
+        """g at ``progress`` in [0, 1] of the way through a level's draws."""
+        return self.guidance.at(progress) if isinstance(self.guidance, Guidance) else float(self.guidance)
 
     def check_vocab(self, vocab: int) -> None:
         """Raises ValueError where top_k asks for more codes than there are."""
@@ -52,17 +95,47 @@ class DrawOptions:
             raise ValueError(f"top_k: {self.top_k}; expected at most the vocabulary, {vocab}")
 
 
-def choose_options(kind: type[Any], given: dict[str, Any], who: str) -> Any:
-    """``kind(**given)``; ValueError with the list of the options that there are, where ``given`` names another one."""
+def choose_options(kind: type[Any], given: Mapping[str, Any], who: str, levels: Sequence[str]) -> tuple[Any, ...]:
+    """``kind`` with the values of ``given``, one for each of ``levels``.
+
+    Args:
+        given: option -> a value for all levels, or a mapping from names of levels to values (the default where a level is not
+            named). ``guidance`` as a mapping with ``start`` and ``stop`` is a ``Guidance``.
+
+    Raises:
+        ValueError: for an option that ``kind`` does not have, with the list of those it has; for an unknown level; for a value.
+    """
     known = [f.name for f in fields(kind)]
-    for name in given:
+    chosen: list[dict[str, Any]] = [{} for _ in levels]
+    for name, value in given.items():
         if name not in known:
             raise ValueError(f"{name}: {who} has no such sampling option; it has {', '.join(known)}")
-    return kind(**given)
+        by_level = dict.fromkeys(levels, value)
+        if isinstance(value, Mapping) and not (name == "guidance" and "start" in value):
+            unknown = [level for level in value if level not in levels]
+            if unknown:
+                raise ValueError(f"{name}.{unknown[0]}: {who} has no such level; it has {', '.join(levels)}")
+            by_level = dict(value)
+        for options, level in zip(chosen, levels, strict=True):
+            if level in by_level:
+                options[name] = _schedule(by_level[level]) if name == "guidance" else by_level[level]
+    return tuple(kind(**options) for options in chosen)
+
+
+def _schedule(value: Any) -> Any:
+    """A mapping as a ``Guidance``; anything else as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    names = [f.name for f in fields(Guidance)]
+    if not {"start", "stop"} <= set(value) <= set(names):
+        raise ValueError(f"guidance: {dict(value)!r}; expected a number, or start, stop and shape ({' or '.join(SHAPES)})")
+    return Guidance(**value)
 
 
 def guide(cond: Tensor, null: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans 2022) in logits: null + g (cond - null)."""
+    """Classifier-free guidance (Ho and Salimans 2022) in logits: null + g (cond - null); exactly cond for g = 1."""
+    if guidance == 1:
+        return cond
     return null + guidance * (cond - null)
 
 
@@ -81,8 +154,15 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(outside, -math.inf)
 
 
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """(B, V) with -inf wherever a code is less than ``p`` times as probable as the most probable one."""
+    if p == 0:
+        return logits
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(p), -math.inf)
+
+
 def filtered(logits: Tensor, options: DrawOptions) -> Tensor:
-    """(B, V) logits of the distribution that is drawn from: temperature (> 0), then top_k, then top_p. Float32 or wider."""
+    """(B, V) logits of the distribution that is drawn from: temperature (> 0), then top_k, top_p, min_p. Float32 or wider."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if options.temperature != 1:
         logits = logits / options.temperature
@@ -90,6 +170,8 @@ def filtered(logits: Tensor, options: DrawOptions) -> Tensor:
         logits = keep_top_k(logits, options.top_k)
     if options.top_p is not None and options.top_p < 1:
         logits = keep_top_p(logits, options.top_p)
+    if options.min_p is not None:
+        logits = keep_min_p(logits, options.min_p)
     return logits
 
 

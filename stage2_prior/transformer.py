@@ -1,4 +1,4 @@
-"""A causal transformer trunk: pre-norm blocks of attention and a gated feed-forward, with the cache as an argument.
+"""A transformer trunk, causal or not: pre-norm blocks of attention and a gated feed-forward, with the cache as an argument.
 
 RMSNorm (Zhang and Sennrich 2019), SwiGLU (Shazeer 2020), optional rotary positions (Su et al. 2021), no biases: the blocks
 of LLaMA (Touvron et al. 2023). Positions reach it through its input or through ``rotary``.
@@ -85,13 +85,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with queries, keys and values from one product."""
+    """Self-attention over the places of a sequence, queries, keys and values from one product; ``cached`` is the same for one
+    stretch after another of a causal one."""
 
-    """Causal self-attention over the places of a sequence; ``cached`` is the same for one stretch after another."""
-
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
@@ -105,7 +104,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
         q, k, v = self.split(packed(self.qkv)(x), rotary)
-        return packed(self.out)(attend(q, k, v, causal=True).transpose(1, 2).flatten(2))
+        return packed(self.out)(attend(q, k, v, self.causal).transpose(1, 2).flatten(2))
 
     def cached(self, x: Tensor, rotary: Rotary | None, cache: Cache, layer: int) -> Tensor:
         """The same for the places that follow those in the cache, which takes up their keys and values."""
@@ -142,12 +141,10 @@ def swiglu(x: Tensor, gate_up: Projection, down: Projection) -> Tensor:
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
-
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = True) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(width, eps=1e-6)
-        self.attention = Attention(width, heads)
+        self.attention = Attention(width, heads, causal)
         self.feed_forward_norm = nn.RMSNorm(width, eps=1e-6)
         self.feed_forward = FeedForward(width)
 
@@ -167,18 +164,19 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of ``depth`` causal blocks and a last norm.
+    """A stack of ``depth`` blocks and a last norm.
 
     Args:
         width: D; a multiple of ``heads``.
+        causal: place i sees places 0..i; else every place sees all.
     """
 
-    def __init__(self, width: int, depth: int, heads: int) -> None:
+    def __init__(self, width: int, depth: int, heads: int, causal: bool = True) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"prior.width: {width} is no multiple of prior.heads, {heads}")
         self.width, self.depth, self.heads = width, depth, heads
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, causal) for _ in range(depth))
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.reset()
 
@@ -194,7 +192,7 @@ class Transformer(nn.Module):
         return cast(Sequence[Block], self.blocks)
 
     def forward(self, x: Tensor, rotary: Rotary | None = None, keep: Tensor | None = None) -> Tensor:
-        """(B, L, D) to (B, L, D); place i sees places 0..i.
+        """(B, L, D) to (B, L, D).
 
         Args:
             rotary: tables of these L places.

@@ -63,8 +63,8 @@ def drawn_from(prior: AutoregressivePrior, upper: Sequence[Tensor], label: int |
     n = len(own[0])
     codes = [*(u.expand(n, *u.shape[1:]) for u in upper), *own]
     logits = prior.logits(codes, None if label is None else Cond(label=torch.full((n,), label)))
-    if options.guidance != 1:
-        logits = [guide(a, b, options.guidance) for a, b in zip(logits, prior.logits(codes), strict=True)]
+    if options.guided:
+        logits = [guide(a, b, options.guidance_at(0)) for a, b in zip(logits, prior.logits(codes), strict=True)]
     each = [filtered(scores.double().flatten(0, 1), options).log_softmax(-1).view(scores.shape) for scores in logits]
     chosen = [log_p.gather(2, grid.flatten(1)[:, :, None])[..., 0] for log_p, grid in zip(each, own, strict=True)]
     return own, prior.layout.join(chosen).sum(1).exp().detach()

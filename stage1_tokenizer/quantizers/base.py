@@ -55,14 +55,21 @@ class Quantizer(nn.Module):
         """The maps of codes on a grid: one level called ``name``, or "name/0", "name/1", ... for depths and groups."""
         raise NotImplementedError
 
+    def prefixes(self) -> tuple[int, ...]:
+        """The counts of leading maps of codes that ``decode`` accepts: all of them; with quantiser dropout fewer too."""
+        return (len(self.level_specs("codes", (1,))),)
+
     def initialize(self, z: Tensor, rng: StepRng) -> None:
         """Sets the codebook from latents ``z`` (N, D), gathered in order of sample index and equal on every rank.
 
         Idempotent: a second call changes nothing. A quantiser without a codebook ignores it.
         """
 
-    def forward(self, z: Tensor, rng: StepRng | None = None) -> Quantized:
+    def forward(self, z: Tensor, rng: StepRng | None = None, active: Tensor | None = None) -> Quantized:
         """z: (B, D, *grid) floating point; computed in float32, float64 stays.
+
+        ``active`` (B,) bool: which samples count in loss and statistics (quantiser dropout inside another quantiser); None for
+        all. ``z`` and codes of the others are made all the same. Schedules are functions of ``rng.step``.
 
         In training, statistics of the step are accumulated (unless a latent is not finite: see ``finite``). In eval mode
         nothing changes. Raises ValueError for a wrong shape, an empty batch and, in eval mode, for NaN and inf.

@@ -132,10 +132,10 @@ class AutoregressivePrior(Prior):
         return codes, keep
 
     def _sample(
-        self, ids: Tensor, upper: Sequence[Tensor], label: Tensor | None, seed: int, known: Known | None, options: DrawOptions
+        self, ids: Tensor, upper: Sequence[Tensor], label: Tensor | None, seed: int, known: Known | None, options: Sequence[DrawOptions]
     ) -> list[Tensor]:
         """Draw (level, position) of sample i takes the number that (seed, i, level, position) names."""
-        n, guided = len(ids), options.guidance != 1
+        n, guided = len(ids), any(each.guided for each in options)
         levels, positions = torch.tensor(self.schedule, device=ids.device).T
         numbers = uniform(seed, "sample", ids[:, None], levels[None], positions[None], dtype=torch.promote_types(self.dtype, torch.float32))
         if guided:  # rows n.. are the same samples under the null
@@ -147,12 +147,14 @@ class AutoregressivePrior(Prior):
         out = torch.empty_like(numbers, dtype=torch.int64)
         finite = torch.ones((), dtype=torch.bool, device=ids.device)
         previous: Tensor | None = None
-        for i in range(len(self.layout)):
+        for i, (level, position) in enumerate(self.layout.steps):
             logits, state = self.step(state, previous)
+            how = options[level]
             if guided:
-                logits = guide(logits[:n], logits[n:], options.guidance)
+                progress = position / max(1, self.layout.sizes[level] - 1)
+                logits = guide(logits[:n], logits[n:], how.guidance_at(progress))
             finite &= logits.isfinite().all()
-            code = draw(logits, numbers[:, i], options)
+            code = draw(logits, numbers[:, i], how)
             if fixed is not None:
                 code = torch.where(fixed[1][:, i], fixed[0][:, i], code)
             out[:, i] = code

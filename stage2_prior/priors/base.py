@@ -147,7 +147,7 @@ class Prior(Pretrained, nn.Module):
             known: (codes, keep), one tensor of each per level of its range: codes (n, *shape) are kept wherever the boolean
                 keep (n, *shape) is True.
             micro_batch: rows of the fixed, padded micro-batches; part of what makes the bits.
-            options: the fields of ``Options``.
+            options: the fields of ``Options``, each a value for all of its levels or a mapping from names of levels to values.
 
         Raises:
             ValueError: naming the argument, for anything out of range and for an option that this prior does not have.
@@ -168,25 +168,34 @@ class Prior(Pretrained, nn.Module):
         with inference(self):
             return run_padded(run, [r.to(self.device) for r in rows], micro_batch)
 
-    def check_options(self, options: Mapping[str, Any], cond: Cond | None = None) -> Any:
-        """The ``Options`` that these make, checked as ``sample`` checks them: a caller of several priors asks all of them before
+    def check_options(self, options: Mapping[str, Any], cond: Cond | None = None) -> tuple[Any, ...]:
+        """The ``Options`` that these make, one for each of its levels, checked as ``sample`` checks them: a caller of several priors asks all of them before
         any draws. ValueError naming the one that does not fit."""
-        chosen = choose_options(self.Options, dict(options), f"a {self.type_name} prior")
-        for level in self.own:
-            chosen.check_vocab(level.vocab)
-        if chosen.guidance != 1:
-            if not self.conditional:
-                raise ValueError(f"guidance: {chosen.guidance}; a prior without conditions has only 1 (off)")
-            if not self.has_null:
-                raise ValueError(f"guidance: {chosen.guidance}; this prior was trained with cond_dropout 0 and has only 1 (off)")
-            if cond is None or cond.label is None:
-                raise ValueError(f"guidance: {chosen.guidance} needs a label to guide to; expected 1 (off) without one")
+        names = [level.name for level in self.own]
+        chosen = choose_options(self.Options, options, f"a {self.type_name} prior", names)
+        for level, each in zip(self.own, chosen, strict=True):
+            each.check_vocab(level.vocab)
+            if each.guided:
+                self._check_guidance(each.guidance, cond)
         return chosen
 
+    def _check_guidance(self, guidance: Any, cond: Cond | None) -> None:
+        if not self.conditional:
+            raise ValueError(f"guidance: {guidance}; a prior without conditions has only 1 (off)")
+        if not self.has_null:
+            raise ValueError(f"guidance: {guidance}; this prior was trained with cond_dropout 0 and has only 1 (off)")
+        if cond is None or cond.label is None:
+            raise ValueError(f"guidance: {guidance} needs a label to guide to; expected 1 (off) without one")
+
     def _sample(
-        self, ids: Tensor, upper: Sequence[Tensor], label: Tensor | None, seed: int, known: Known | None, options: Any
+        self, ids: Tensor, upper: Sequence[Tensor], label: Tensor | None, seed: int, known: Known | None, options: Sequence[Any]
     ) -> list[Tensor]:
-        """One micro-batch of ``sample``, on the prior's device, checked. ``label``: (B,) with ``classes`` for the null."""
+        """One micro-batch of ``sample``, on the prior's device, checked.
+
+        Args:
+            label: (B,) with ``classes`` for the null.
+            options: one of ``Options`` for each of its levels.
+        """
         raise NotImplementedError
 
     def _check_known(self, known: Known, n: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -240,7 +249,6 @@ class Prior(Pretrained, nn.Module):
             out.append(torch.where(where, code, codes))
         return out
 
-
     def _keep(self, rng: StepRng | None, *shape: int) -> Tensor | None:
         """(B, *shape) dropout factors, 0 or 1 / (1 - rate), drawn by ``rng``, so that they depend neither on the batch nor on the
         rank; None for no dropout."""
@@ -251,7 +259,6 @@ class Prior(Pretrained, nn.Module):
 
 
 def bits(nats: Tensor) -> Tensor:
-    """Nats in bits."""
     """Nats in bits."""
     return nats / math.log(2)
 

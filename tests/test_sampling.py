@@ -117,5 +117,5 @@ def test_top_k_above_the_vocabulary_is_refused_with_both_values() -> None:
 
 
 def test_an_option_that_there_is_not_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(ValueError, match="steps: a gpt prior has no such sampling option; it has temperature, top_k, top_p, min_p, guidance"):
+    with pytest.raises(ValueError, match="steps: a gpt prior has no such sampling option; it has temperature, top_k, top_p, min_p"):
         choose_options(DrawOptions, {"temperature": 1.0, "steps": 8}, "a gpt prior", ["codes"])

@@ -11,19 +11,21 @@ _TILE_FLOATS = {"cpu": 1 << 20}  # 4 MB of scores at once stay in cache; elsewhe
 _BLOCK = 64
 
 
-def nearest(rows: Tensor, codebook: Tensor) -> Tensor:
-    """argmin_k |z - e_k|^2 = argmax_k (z . e_k - |e_k|^2 / 2) for each row; the first of equals.
+def nearest(rows: Tensor, codebook: Tensor, cost: Tensor | None = None) -> Tensor:
+    """argmin_k |z - e_k|^2 + cost_k = argmax_k (z . e_k - (|e_k|^2 + cost_k) / 2) for each row; the first of equals.
 
     Args:
         rows: (N, D) float32 or float64.
         codebook: (K, D) of the same dtype.
+        cost: (K,) of the same dtype, what a code costs beside its distance; None for nothing.
 
     Returns:
         (N,) int64.
     """
     n, k = rows.shape[0], codebook.shape[0]
     out = torch.empty(n, dtype=torch.int64, device=rows.device)
-    bias = codebook.square().sum(1).mul_(-0.5)
+    bias = codebook.square().sum(1)
+    bias = (bias if cost is None else bias + cost).mul(-0.5)
     columns = codebook.t()
     tile = max(1, _TILE_FLOATS.get(rows.device.type, 1 << 26) // k)
     scores = rows.new_empty((min(tile, n), k))

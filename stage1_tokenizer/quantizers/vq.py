@@ -44,6 +44,9 @@ class VQConfig(QuantizerConfig):
     """k-means of the first latents, or N(0, 1/D)."""
     restart: float = 0.05
     """A code used less than this share of the mean use is restarted from a current latent; 0 = never."""
+    rate: float = 0.0
+    """Squared error per dimension that one bit is worth: a code costs -log2 of how often it is used (Chou et al. 1989), so that
+    codes carry fewer bits for the same error and are easier to model; 0 takes the nearest code."""
     cosine: bool = False
     """l2-normalised latents and codes (Yu et al. 2021, arXiv:2110.04627); wants a small D."""
 
@@ -52,8 +55,8 @@ class VQConfig(QuantizerConfig):
             raise ValueError(f"codes {self.codes} and dim {self.dim} must be positive")
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay: {self.decay}; expected 0 <= decay < 1")
-        if self.beta < 0 or not 0 <= self.restart < 1:
-            raise ValueError(f"beta {self.beta} must not be negative; restart {self.restart} must lie in [0, 1)")
+        if self.beta < 0 or self.rate < 0 or not 0 <= self.restart < 1:
+            raise ValueError(f"beta {self.beta} and rate {self.rate} must not be negative; restart {self.restart} must lie in [0, 1)")
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -107,7 +110,14 @@ class VQ(Quantizer):
         return (LevelSpec(name, self.config.codes, grid),)
 
     def code_tensors(self) -> dict[str, Tensor]:
-        return {"codebook": self.codebook}
+        return {"codebook": self.codebook} | ({"counts": self.counts} if self.config.rate else {})
+
+    def cost(self) -> Tensor | None:
+        """(K,) what each code costs beside its squared distance: D rate bits(k), by its running use; None where rate is 0."""
+        if not self.config.rate:
+            return None
+        share = (self.counts + _EPS) / (self.counts.sum() + self.config.codes * _EPS)
+        return -self.config.rate * self.dim * share.log2()
 
     def vectors(self) -> Tensor:
         """(K, D) the vectors that codes stand for."""
@@ -129,7 +139,7 @@ class VQ(Quantizer):
             self.sums.copy_(self.codebook * self.counts[:, None])
         self.initialized.fill_(True)
 
-    def forward(self, z: Tensor, rng: StepRng | None = None) -> Quantized:
+    def forward(self, z: Tensor, rng: StepRng | None = None, active: Tensor | None = None) -> Quantized:
         check_latents(z, self.dim)
         with torch.autocast(z.device.type, enabled=False):
             rows = at_least_float32(z).movedim(1, -1).reshape(-1, self.dim)
@@ -140,7 +150,8 @@ class VQ(Quantizer):
                 bad = int((~torch.isfinite(z).flatten(1).all(1)).nonzero()[0])
                 raise ValueError(f"latents: NaN or inf in row {bad}")
             vectors = self.vectors().to(rows.dtype)
-            codes = nearest(rows.detach(), vectors.detach())
+            cost = self.cost()
+            codes = nearest(rows.detach(), vectors.detach(), None if cost is None else cost.to(rows.dtype))
             chosen = vectors[codes]
             loss = self.config.beta * F.mse_loss(rows, chosen.detach())
             if self.config.update == "gradient":

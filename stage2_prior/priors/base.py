@@ -169,8 +169,10 @@ class Prior(Pretrained, nn.Module):
             return run_padded(run, [r.to(self.device) for r in rows], micro_batch)
 
     def check_options(self, options: Mapping[str, Any], cond: Cond | None = None) -> tuple[Any, ...]:
-        """The ``Options`` that these make, one for each of its levels, checked as ``sample`` checks them: a caller of several priors asks all of them before
-        any draws. ValueError naming the one that does not fit."""
+        """The ``Options`` that these make, one for each of its levels, checked as ``sample`` checks them.
+
+        A caller of several priors asks all of them before any draws. ValueError naming the one that does not fit.
+        """
         names = [level.name for level in self.own]
         chosen = choose_options(self.Options, options, f"a {self.type_name} prior", names)
         for level, each in zip(self.own, chosen, strict=True):

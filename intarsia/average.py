@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from intarsia.sharding import like
+
 
 class AveragedWeights:
     """average <- d average + (1 - d) weight after each step, with d = min(decay, (1 + t) / (10 + t)) for short runs.
@@ -38,7 +40,7 @@ class AveragedWeights:
         if saved.keys() != self.values.keys():
             raise ValueError(f"averaged weights: {sorted(saved.keys() ^ self.values.keys())[:3]} stand on one side only")
         for name, value in saved.items():
-            self.values[name].copy_(value)
+            self.values[name].copy_(like(value, self.values[name]))
 
     @torch.no_grad()
     def copy_in(self) -> None:

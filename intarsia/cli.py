@@ -141,7 +141,8 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, aliases: Mapping[str,
         elif name == "resume":
             flags[name] = value
         else:
-            path = (aliases or {}).get(name, name)
+            head, dot, rest = name.partition(".")
+            path = (aliases or {}).get(head, head) + dot + rest
             if path.split(".")[0] in cls.model_fields:
                 edits.append((path, value))
             else:

@@ -5,7 +5,7 @@ Python, YAML and flags are three spellings of one tree: ``VQConfig(codes=512)``,
 full path, and all are reported at once, before anything is built.
 
 Each field is of one class: *identity* (what a model becomes; compared on resume; the default), ``Budget`` (how long:
-may grow) or ``Place`` (device, paths, logging: free).
+may grow) or ``Place`` (device, paths, logging: free). ``Added`` marks, beside that, a field that came after releases.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from intarsia.registry import Registry
 T = TypeVar("T")
 Budget = Annotated[T, "budget"]
 Place = Annotated[T, "place"]
+Added = Annotated[T, "added"]
+"""A field that a released configuration did not have yet; its default must be what was done before it came. At its default it
+stays out of hashes, so that releases keep their fingerprints."""
 
 
 class ConfigError(ValueError):
@@ -105,6 +108,15 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: plain(v) for k, v in value.items()}
     return value
+
+
+def hashed(value: Any) -> Any:
+    """``plain(value)`` without the ``Added`` fields that hold their default: what fingerprints are made of."""
+    if isinstance(value, Config):
+        fields = type(value).model_fields.items()
+        kept = [name for name, field in fields if "added" not in field.metadata or getattr(value, name) != field.default]
+        return ({"type": value.type_name} if value.type_name else {}) | {name: hashed(getattr(value, name)) for name in kept}
+    return [hashed(v) for v in value] if isinstance(value, tuple | list) else plain(value)
 
 
 def _tuples(value: Any, depth: int = 0) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from intarsia.config import Config, ConfigError
+from intarsia.config import Config, ConfigError, hashed
 from intarsia.files import json_bytes, read_json, write_atomic
 from intarsia.hub_files import CARD, CONFIG, WEIGHTS, HubError, check_subfolder, fetch, model_card, push_folder
 from intarsia.meta import build_on_meta
@@ -65,7 +65,7 @@ class Pretrained:
 
     def fingerprint_config(self) -> dict[str, Any]:
         """The part of the configuration that enters the fingerprint, as a plain tree."""
-        return cast(dict[str, Any], self.config.to_dict())
+        return cast(dict[str, Any], hashed(self.config))
 
     # Identity --------------------------------------------------------------------------------------------------
     def _module(self) -> nn.Module:
@@ -81,7 +81,7 @@ class Pretrained:
     @property
     def weights_sha256(self) -> str:
         """sha256 over the whole model: kind, type, spec, configuration, all parameters and persistent buffers."""
-        head = {"kind": self.kind, "type": self.type_name, "spec": self._spec_dict(), "config": self.config.to_dict()}
+        head = {"kind": self.kind, "type": self.type_name, "spec": self._spec_dict(), "config": hashed(self.config)}
         return hash_tensors(module_tensors(self._module()), json_bytes(head))
 
     # Saving ----------------------------------------------------------------------------------------------------

@@ -55,7 +55,8 @@ class Registry(Generic[T]):
         try:
             package = importlib.import_module(self._package)
             for module in pkgutil.iter_modules(package.__path__):
-                importlib.import_module(f"{self._package}.{module.name}")
+                if not module.ispkg:
+                    importlib.import_module(f"{self._package}.{module.name}")
         except BaseException:
             self._discovered = False  # half a registry must not pass for a whole one
             raise

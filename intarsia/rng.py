@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -97,6 +97,10 @@ class StepRng:
     seed: int
     step: int
     index: Tensor
+
+    def sub(self, name: str | int) -> StepRng:
+        """The independent draws of a part, such as a stage or a level: another seed, a hash of this one and ``name``."""
+        return replace(self, seed=_root(self.seed, f"sub/{name}", 0))
 
     def uniform(self, purpose: str, *shape: int, level: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
         """(B, *shape) in (0, 1); a sample's draws do not depend on its neighbours."""

@@ -23,7 +23,7 @@ with Run(config, flags, kind="tokenizer") as run:  # folder, lock, space, proces
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +43,7 @@ from intarsia.run_config import RunConfig
 from intarsia.run_folder import RunFolder, Save
 from intarsia.run_state import RunState, load_for
 from intarsia.schedule import learning_rate
+from intarsia.sharding import gathered, shard
 from intarsia.stepping import Stepper
 from intarsia.stop import StopSignals
 from intarsia.together import compare_ranks, on_main
@@ -73,7 +74,8 @@ class Run(RunFolder):
 
     # Before the loop -------------------------------------------------------------------------------------------
     def prepare(self, module: nn.Module, optimizer_params: Any = None) -> nn.Module:
-        """Moves ``module`` to the run's device (and float64), wraps it in DDP where there are several processes, builds the optimizer.
+        """Moves ``module`` to the run's device (and float64), builds the optimizer; several processes replicate it (DDP) or, launched
+        with FSDP, hold a part each.
 
         Args:
             optimizer_params: as for torch.optim; by default all that require a gradient, matrices with weight decay.
@@ -82,6 +84,8 @@ class Run(RunFolder):
             UserError: where the disk has no room for two checkpoints and a release.
         """
         self.module = module.to(self.device, self.dtype if self.dtype == torch.float64 else None).train()
+        if self.sharded:
+            shard(self.module, self.device, comm.world_size)
         self._stepper = Stepper(
             module, optimizer_params, config=self.config, precision=self.precision, accelerator=self._accelerator, comm=comm, warn=self.say
         )
@@ -157,7 +161,8 @@ class Run(RunFolder):
 
     def batches(self, loader: Loader, size: int, samples: int | None = None) -> Iterator[dict[str, Any]]:
         """This process's share of (the first ``samples`` of) ``loader``, not augmented, by ``size``: each sample on one process."""
-        return self._feed.batches(loader, size, samples)
+        with gathered(self.module) if self.sharded else nullcontext():  # processes may have different numbers of batches
+            yield from self._feed.batches(loader, size, samples)
 
     def first_batches(self, loader: Loader, samples: int) -> Iterator[dict[str, Any]]:
         """This process's contiguous share of the first ``samples`` of training's order, for initialisation."""

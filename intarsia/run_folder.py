@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from intarsia import machine
+from intarsia import machine, sharding
 from intarsia.checkpoint import newest_valid
 from intarsia.cli import Flags
 from intarsia.distributed import comm
@@ -30,6 +30,7 @@ class RunFolder:
 
     Attributes:
         config, flags, kind, folder, device, comm, is_main.
+        sharded: the processes hold a part of the weights each.
         dtype: of parameters and signals: float64 for precision fp64, else float32.
         precision: fp32, bf16, fp16 or fp64; never auto.
 
@@ -57,6 +58,9 @@ class RunFolder:
             self._owns_group = dist.is_initialized() and not foreign_group
             self.device: torch.device = self._accelerator.device
             self.is_main: bool = comm.rank == 0
+            self.sharded = comm.world_size > 1 and sharding.requested()
+            if self.sharded:
+                sharding.check_sharded(kind, self.precision, config.batch_size, config.accumulate, comm.world_size)
             comm.barrier()  # every rank has compared its configuration with the old file
             with on_main("config.yaml", comm, self.device):
                 if self.is_main:
@@ -95,6 +99,7 @@ class RunFolder:
 
     def release(self, save: Save) -> None:
         """Has ``save(folder)`` write the release and puts it in place as model/, whole or not at all."""
+        save = sharding.saver(save, getattr(save, "__self__", None), comm)
         with on_main("model/", comm, self.device):
             if self.is_main:
                 replace_folder(self.folder / "model", save)

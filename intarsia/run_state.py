@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from intarsia.config import ConfigError, differences
 from intarsia.distributed import Comm
 from intarsia.journal import Journal
 from intarsia.run_config import RunConfig
+from intarsia.sharding import collect, like
 from intarsia.stepping import Stepper
 
 State = dict[str, dict[str, Tensor]]
@@ -57,6 +58,13 @@ def load_for(config: RunConfig, path: Path) -> tuple[int, State, dict[str, Any]]
     return step, state, meta
 
 
+@runtime_checkable
+class Folds(Protocol):
+    """A further module with sums of its own on each rank, which it makes equal on all before they are saved."""
+
+    def fold(self, comm: Comm) -> None: ...
+
+
 @dataclass
 class RunState:
     """The objects whose state makes a run. ``extra``: further modules, such as an objective with a critic."""
@@ -66,14 +74,18 @@ class RunState:
     extra: Mapping[str, nn.Module]
 
     def collect(self, comm: Comm) -> tuple[State, dict[str, Any]]:
-        """({part: {name: tensor}}, the rest as a JSON tree). A collective: the running means move to rank 0."""
+        """({part: {name: tensor}}, the rest as a JSON tree). A collective: running means and dealt tensors come to rank 0."""
         s = self.stepper
+        for module in self.extra.values():
+            if isinstance(module, Folds):
+                module.fold(comm)
         state: State = {"module": _tensors(s.module), "means": s.means.fold(comm)}
         names, moments = self._names, s.optimizer.state_dict()["state"]
         state["optimizer"] = {f"{names[i]}/{key}": value for i, entry in moments.items() for key, value in entry.items()}
         if s.average is not None:
             state["average"] = s.average.values
         state |= {f"extra-{name}": _tensors(module) for name, module in self.extra.items()}
+        state = {part: collect(tensors, keep=comm.rank == 0) for part, tensors in state.items()}
         best = self.journal.best
         rest = {"best": best if best is None or math.isfinite(best) else str(best), "stale": self.journal.stale, "bad_steps": s.bad_steps}
         return state, rest | {"scaler": None if s.scaler is None else s.scaler.state_dict()}
@@ -110,7 +122,7 @@ class RunState:
             name, _, part = key.rpartition("/")
             if name not in number or (value.ndim > 0 and value.shape != self.stepper.trained[number[name]].shape):
                 raise ValueError(f"optimizer: the checkpoint has {key!r} {tuple(value.shape)}, which fits no trained parameter")
-            state.setdefault(number[name], {})[part] = value
+            state.setdefault(number[name], {})[part] = like(value, self.stepper.trained[number[name]]) if value.ndim else value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

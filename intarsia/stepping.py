@@ -17,6 +17,7 @@ from intarsia.metrics_log import RunningMeans
 from intarsia.parts import Part
 from intarsia.run_config import RunConfig
 from intarsia.schedule import learning_rate
+from intarsia.sharding import is_sharded, whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,7 +38,7 @@ class Stepper:
     """The model, its optimizer and what lies between a loss and the next weights.
 
     Attributes:
-        model: what the loop calls: the module, or DDP around it.
+        model: what the loop calls: the module, DDP around it, or the module with its weights dealt to the processes.
         means: the running means of what is logged.
         bad_steps: skipped steps in a row.
         stop: 0, or the signal that some rank has received; the same on all ranks after ``step``.
@@ -67,7 +68,8 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" else None
         self.means = RunningMeans(self.device)
         self.model: nn.Module = module
-        if comm.world_size > 1:
+        self.sharded = is_sharded(module)
+        if comm.world_size > 1 and not self.sharded:
             self.model = self._distribute(accelerator)
         self.bad_steps = self.stop = 0
         self._reset_flags()
@@ -98,6 +100,8 @@ class Stepper:
     def forward(self, part: Part) -> Iterator[None]:
         """Autocast for one part; gradients are synchronised in the last one only."""
         model = self.model
+        if self.sharded:
+            model.set_requires_gradient_sync(part.last)  # type: ignore[operator]
         with self.autocast(), model.no_sync() if isinstance(model, DistributedDataParallel) and not part.last else nullcontext():
             yield
         if part.ghost:
@@ -134,7 +138,8 @@ class Stepper:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
-        problems = self._reduce_flags(finite, torch.isfinite(norm), signal)
+        total = whole(norm)  # over all parts, where the gradients are dealt
+        problems = self._reduce_flags(finite, torch.isfinite(total), signal)
         if problems:
             self._skip(step, problems)
             return False
@@ -151,7 +156,7 @@ class Stepper:
         if self.average is not None:
             self.average.update(step)
         self.means.commit()
-        self.note({"gradient_norm": norm})
+        self.note({"gradient_norm": total})
         self.bad_steps = 0
         return True
 

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from intarsia.cli import parse, run_main
 from intarsia.config import Config, Place
+from pipelines.sampling_config import ALIASES, SamplingConfig
 from pipelines.two_stage import TwoStagePipeline
 
 PROGRAM = "python -m pipelines.assemble"
@@ -22,11 +23,14 @@ class AssembleConfig(Config):
     """Likewise; several joined by commas, coarse to fine."""
     out: Place[Annotated[str, Field(min_length=1)]]
     """The folder of the pipeline."""
+    sampling: SamplingConfig = SamplingConfig()
+    """The sampling options that pipeline.json keeps as its defaults."""
 
 
-def main() -> None:
-    config, _ = parse(AssembleConfig, program=PROGRAM)
-    pipeline = TwoStagePipeline.from_runs(config.tokenizer, [path.strip() for path in config.priors.split(",")])
+def main(argv: list[str] | None = None) -> None:
+    config, _ = parse(AssembleConfig, argv, ALIASES, PROGRAM)
+    priors = [path.strip() for path in config.priors.split(",")]
+    pipeline = TwoStagePipeline.from_runs(config.tokenizer, priors, defaults=config.sampling.given())
     pipeline.save_pretrained(config.out)
     print(f"{pipeline} -> {config.out}")
 

@@ -10,79 +10,56 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from intarsia.cli import parse, run_main
-from intarsia.config import Config, ConfigError, Place
+from intarsia.config import Place
 from intarsia.files import json_bytes, write_atomic
 from intarsia.pictures import save_grid, save_strips
 from pipelines.evaluation.baseline import IndependentCodes
 from pipelines.evaluation.bits import bits_report
-from pipelines.evaluation.features import BUNDLED, FeatureModel, load_features
+from pipelines.evaluation.features import FeatureModel, load_features
 from pipelines.evaluation.neighbours import Nearest
 from pipelines.evaluation.passes import baseline_batches, evaluate_held_out, search_train
-from pipelines.evaluation.report import memorisation_figures, sample_figures, table
-from pipelines.evaluation.sets import ImageSet, balanced_labels, choose_rows, in_batches, measure, real_batches
+from pipelines.evaluation.report import describe_pipeline, memorisation_figures, sample_figures, table
+from pipelines.evaluation.sets import ImageSet, balanced_labels, measure
+from pipelines.evaluation.settings import (
+    MeasureConfig,
+    SplitName,
+    check_fit,
+    check_script,
+    choose_reference,
+    load_pipeline,
+    measure_reference,
+    measure_samples,
+)
+from pipelines.evaluation.timing import TIMING, timing
+from pipelines.options import plain_options
 from pipelines.sample import device_of
+from pipelines.sampling_config import ALIASES
 from pipelines.two_stage import TwoStagePipeline
-from stage1_tokenizer.data.base import SOURCES, Source, SourceConfig
-from stage1_tokenizer.data.bundled import BundledConfig
+from stage1_tokenizer.data.base import SOURCES, Source
 from stage1_tokenizer.metrics import CodeMetrics, finite_or_null, unit
 
 PROGRAM = "python -m pipelines.evaluate"
-SplitName = Literal["train", "validation", "test"]
+FIGURES = "evaluation.json"
 SHOWN = 16  # samples of each kind in nearest.png
 COLUMNS, ROWS = 10, 30  # of samples.png and baseline.png
-SAMPLING = ("temperature", "top_k", "top_p", "guidance")
 
 
-class SamplingConfig(Config):
-    """How samples are drawn; what is not given here is the pipeline's default."""
-
-    temperature: float | None = None
-    """Divides the logits; 0 takes the most probable code."""
-    top_k: int | None = None
-    """Keep the k most probable codes."""
-    top_p: float | None = None
-    """Keep the most probable codes up to this mass."""
-    guidance: float | None = None
-    """Strength of the label; 1 is off."""
-
-
-class EvaluateConfig(Config):
+class EvaluateConfig(MeasureConfig):
     """Evaluates a pipeline on a data set."""
 
     pipeline: Place[str] = ""
     """Folder of a saved pipeline, or a Hub id; the pipeline that ships with the package where empty."""
-    data: SourceConfig = BundledConfig()
-    """The data that it was trained on."""
     split: SplitName = "validation"
     """Held-out images: reconstruction, bits, real figures."""
-    reference: SplitName = "train"
-    """Real images that samples are compared with: ``n`` of them where there are as many. Train images are the default because
-    held-out splits are often too small; what was copied from them shows in the distances to the nearest training images."""
-    n: Annotated[int, Field(ge=2)] = 5000
-    """Samples, and reference images. Frechet distance, precision and recall depend on it: compare at equal n only."""
-    balanced: bool = True
-    """Equally many samples and reference images per class; else both follow the frequencies of the data."""
-    sampling: SamplingConfig = SamplingConfig()
-    """Temperature and the like."""
-    features: str = BUNDLED
-    """The feature model: the bundled one, or the folder or Hub id of one made by pipelines.evaluation.train_features."""
-    k: Annotated[int, Field(ge=1)] = 5
-    """Neighbours that make the manifolds of precision and recall."""
-    bootstrap: Annotated[int, Field(ge=2)] = 200
-    """Resampled sets behind each interval."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Of the samples, the baseline, the choice of reference images and the intervals."""
     out: Place[Annotated[str, Field(min_length=1)]] = "evaluation"
-    """The folder for evaluation.json and pictures."""
-    device: Place[str] = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
+    """The folder for evaluation.json, timing.json and pictures."""
 
 
 @dataclass(frozen=True)
@@ -92,43 +69,28 @@ class Evaluation:
     Attributes:
         samples: with all images.
         baseline: with its first images.
+        seconds: that drawing and decoding the samples took.
         nearest: space -> for each sample the row of the nearest train image; ``order`` are the samples by distance in pixels.
     """
 
     tree: dict[str, Any]
     samples: ImageSet
     baseline: ImageSet
+    seconds: float
     nearest: dict[str, Tensor]
     order: Tensor
-
-
-def check_fit(pipeline: TwoStagePipeline, source: Source) -> None:
-    """Raises ValueError where the data are not those of the pipeline."""
-    if source.signal != pipeline.signal:
-        raise ValueError(f"data: the signals are {source.signal}; the pipeline makes {pipeline.signal}")
-    if pipeline.signal.kind != "image":
-        raise ValueError(f"pipeline: makes {pipeline.signal.kind}; samples are compared in the features of images only")
-    if pipeline.classes and pipeline.classes != source.classes:
-        raise ValueError(f"data: the classes are {', '.join(source.classes) or 'none'}; the pipeline knows {', '.join(pipeline.classes)}")
 
 
 def evaluate_pipeline(pipeline: TwoStagePipeline, source: Source, model: FeatureModel, config: EvaluateConfig) -> Evaluation:
     """All figures. The pipeline stays on its device; ``config`` says how many, which splits and which seed."""
     check_fit(pipeline, source)
     held_split, train = source.split(config.split), source.split("train")
-    balanced = config.balanced and bool(pipeline.classes)
-    classes = len(source.classes) if balanced else 0
-    rows = choose_rows(source.split(config.reference), config.n, config.seed, classes)
-    if config.k >= min(config.n, len(rows)):
-        raise ConfigError([f"k: {config.k}; expected fewer than the {config.n} samples and the {len(rows)} {config.reference} images"])
+    chosen = choose_reference(source, config, bool(pipeline.classes))
+    balanced = chosen.balanced
 
     print(f"drawing {config.n} samples", flush=True)
-    asked: Tensor | None = None
-    if pipeline.classes:
-        asked = balanced_labels(config.n, classes) if balanced else pipeline.labels(config.n, seed=config.seed)
-    options = {name: value for name, value in config.sampling.to_dict().items() if value is not None}
-    stream = pipeline.stream(config.n, label=asked, seed=config.seed, **options)
-    samples = measure("samples", in_batches(stream, asked), model, pixels=True, images=config.n, balanced=balanced)
+    asked = chosen.labels(pipeline, config.n, config.seed)
+    samples, seconds = measure_samples(pipeline, config, chosen, model, kept=True)
 
     print(f"reconstructing {len(held_split)} {config.split} images and searching {len(train)} train images", flush=True)
     held = evaluate_held_out(pipeline, held_split, model)
@@ -146,7 +108,7 @@ def evaluate_pipeline(pipeline: TwoStagePipeline, source: Source, model: Feature
     drawn = asked if asked is not None else baseline.draw_labels(torch.arange(config.n), config.seed)
     batches = baseline_batches(pipeline, baseline, config.n, drawn, config.seed)
     independent = measure("baseline", batches, model, images=COLUMNS * ROWS, balanced=balanced)
-    reference = measure("reference", real_batches(source.split(config.reference), rows), model, balanced=balanced)
+    reference = measure_reference(source, config, chosen, model)
 
     print("figures", flush=True)
     sets = {"samples": samples, "baseline": independent, "reconstructions": held.reconstructions, "real": held.real}
@@ -155,16 +117,13 @@ def evaluate_pipeline(pipeline: TwoStagePipeline, source: Source, model: Feature
     if config.split != "train":
         usage[config.split].update(held.codes)
     tree: dict[str, Any] = {
-        "pipeline": {
-            "tokenizer": {"type": pipeline.tokenizer.type_name, "fingerprint": pipeline.spec.fingerprint},
-            "priors": [{"type": prior.type_name, "sha256": prior.weights_sha256} for prior in pipeline.priors],
-        },
+        "pipeline": describe_pipeline(pipeline),
         "data": source.describe(),
         "split": config.split,
         "reference": config.reference,
         "seed": config.seed,
         "balanced": balanced,
-        "sampling": pipeline.defaults | options,
+        "sampling": pipeline.defaults | plain_options(config.sampling.given()),
         "reconstruction": held.reconstruction.compute(),
         "codes": {name: [asdict(level) for level in counts.compute()] for name, counts in usage.items()},
         "bits": bits_report(pipeline, baseline, held.codes, held.labels, config.bootstrap, config.seed),
@@ -184,7 +143,7 @@ def evaluate_pipeline(pipeline: TwoStagePipeline, source: Source, model: Feature
     }
     nearest = {space: found.index[: config.n] for space, found in queries.items()}
     order = queries["pixels"].distance[: config.n].argsort(stable=True)
-    return Evaluation(tree, samples, independent, nearest, order)
+    return Evaluation(tree, samples, independent, seconds, nearest, order)
 
 
 def draw(evaluation: Evaluation, source: Source, out: Path) -> None:
@@ -218,14 +177,12 @@ def _draw_rows(found: ImageSet, classes: Sequence[str], path: Path, title: str) 
 
 
 def main(argv: list[str] | None = None) -> None:
-    aliases = {name: f"sampling.{name}" for name in SAMPLING}
-    config, flags = parse(EvaluateConfig, argv, aliases, PROGRAM)
-    if flags.max_steps is not None or flags.resume is not None:
-        raise ConfigError(["--max_steps, --resume: an evaluation has no steps"])
+    config, flags = parse(EvaluateConfig, argv, ALIASES, PROGRAM)
+    check_script(flags)
     out = Path(config.out)
     device = device_of(config.device)
     source = SOURCES.build(config.data)
-    pipeline = (TwoStagePipeline.from_pretrained(config.pipeline) if config.pipeline else TwoStagePipeline.bundled()).to(device)
+    pipeline = load_pipeline(config.pipeline, device)
     model = load_features(config.features, source.signal, device)
     check_fit(pipeline, source)
     print(f"{pipeline}; features: {model.name}", flush=True)
@@ -234,9 +191,12 @@ def main(argv: list[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)  # what cannot be written to is said before the work
     evaluation = evaluate_pipeline(pipeline, source, model, config)
     draw(evaluation, source, out)
-    write_atomic(out / "evaluation.json", json_bytes(finite_or_null(evaluation.tree)))
+    spent = timing(evaluation.seconds, config.n, device)
+    write_atomic(out / TIMING, json_bytes(spent.to_dict()))
+    write_atomic(out / FIGURES, json_bytes(finite_or_null(evaluation.tree)))
     print(table(evaluation.tree))
-    print(f"{out / 'evaluation.json'} written", flush=True)
+    print(spent)
+    print(f"{out / FIGURES} written", flush=True)
 
 
 if __name__ == "__main__":

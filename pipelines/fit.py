@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from intarsia.specs import Cond, LevelSpec, TokenizerSpec
+from intarsia.specs import LevelSpec, TokenizerSpec
 from stage1_tokenizer.tokenizers.base import Tokenizer
 from stage2_prior.priors.base import Prior
 
@@ -62,9 +60,3 @@ def check_fit(tokenizer: Tokenizer, spec: TokenizerSpec, priors: Sequence[Prior]
         first, known = conditional[0]
         if prior.spec.classes != known.spec.classes:
             raise ValueError(f"priors[{i}]: the classes {prior.spec.classes} differ from those of priors[{first}], {known.spec.classes}")
-
-
-def check_options(priors: Sequence[Prior], options: Mapping[str, Any]) -> None:
-    """Asks every prior whether it takes these sampling options, with labels where it takes labels; ValueError naming the option."""
-    for prior in priors:
-        prior.check_options(options, Cond(label=torch.zeros(1, dtype=torch.int64)) if prior.conditional else None)

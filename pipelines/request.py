@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from intarsia.distributed import comm
-from intarsia.specs import CodesSpec
-from pipelines.fit import check_options, whole
-from pipelines.labels import LabelOf, label_source
+from pipelines.fit import whole
+from pipelines.labels import LabelOf
+from pipelines.options import check_options, route_options
 from stage2_prior.priors.base import Prior
 
 QUIET_SECONDS = 2.0  # a call that takes longer shows a progress bar
@@ -25,8 +25,8 @@ class Request:
 
     Attributes:
         batch_size: how many are in the making at once.
-        label_of: the labels of sample indices; None where no prior takes labels.
         options: the sampling options of each prior.
+        label_of: the labels of sample indices; None for none, or for the learned null.
         progress: True shows a bar at once, None after a while (on one process), False never.
     """
 
@@ -34,9 +34,9 @@ class Request:
     first: int
     seed: int
     batch_size: int
-    label_of: LabelOf | None
     options: tuple[Mapping[str, Any], ...]
     progress: bool | None = None
+    label_of: LabelOf | None = None
 
     def batches(self) -> Iterator[Tensor]:
         """The sample indices, (b,) int64, ``batch_size`` at a time; the bar counts those that were worked on."""
@@ -52,20 +52,21 @@ class Request:
 
 def checked_request(
     priors: Sequence[Prior],
-    labelled: CodesSpec | None,
     n: Any,
     *,
     first: Any,
-    label: Any,
     seed: Any,
     batch_size: Any,
     progress: bool | None,
     options: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    labelled: bool = True,
 ) -> Request:
-    """The request that these arguments make; a fresh seed where none is given.
+    """The request that these arguments make, still without labels; a fresh seed where none is given.
 
     Args:
-        labelled: classes and training frequencies; None where no prior takes labels.
+        options, defaults: of the call, and what holds where it gives none.
+        labelled: whether the priors that take labels will be given some.
 
     Raises:
         ValueError: naming the argument, with what came and what is allowed.
@@ -73,10 +74,8 @@ def checked_request(
     n, size = whole("n", n, 1), whole("batch_size", batch_size, 1)
     first = whole("first", first, 0, 2**63 - 1 - n)  # indices are int64
     seed = secrets.randbits(32) if seed is None else whole("seed", seed, 0)
-    check_options(priors, options)
-    label_of: LabelOf | None = None
-    if labelled is not None:
-        label_of = label_source(label, n, first, seed, labelled)
-    elif label is not None:
-        raise ValueError("label: no prior of this pipeline takes labels")
-    return Request(n, first, seed, size, label_of, tuple(options for _ in priors), progress)
+    if "text" in options:
+        raise ValueError("text: no prior of this pipeline takes text")
+    routed = route_options(priors, defaults, options)
+    check_options(priors, routed, labelled)
+    return Request(n, first, seed, size, routed, progress)

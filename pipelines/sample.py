@@ -1,28 +1,32 @@
-"""Samples of a pipeline as files: ``python -m pipelines.sample --pipeline DIR --n 64 --out grid.png``."""
+"""Samples of a pipeline as files: ``python -m pipelines.sample --pipeline DIR --n 64 --out grid.png``.
+
+``accelerate launch -m pipelines.sample --n 50000 --out DIR`` fills a folder with any number of processes: the same bytes as one
+process writes. Interrupted, the same command goes on from there.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from intarsia.cli import Flags, UserError, parse, run_main
+from intarsia.cli import Flags, RunError, UserError, parse, run_main
 from intarsia.config import Config, Place
-from intarsia.files import atomic, json_bytes, write_atomic
+from intarsia.distributed import comm
+from intarsia.files import DiskFullError, atomic
 from intarsia.pictures import mosaic
+from intarsia.processes import start
 from pipelines.labels import class_index
-from pipelines.outputs import check_output, to_pil, to_uint8
+from pipelines.outputs import check_output
+from pipelines.sample_set import PLAN, Kind, SetPlan, arrays, write_npz, write_set
+from pipelines.sampling_config import ALIASES, SamplingConfig
 from pipelines.two_stage import TwoStagePipeline
 
-FACTS = "samples.json"
-OPTIONS = ("temperature", "top_k", "top_p", "guidance")
+PROGRAM = "python -m pipelines.sample"
 
 
 class SampleConfig(Config):
@@ -37,25 +41,25 @@ class SampleConfig(Config):
     first: Annotated[int, Field(ge=0)] = 0
     """Index of the first one: sample i of a seed is always the same."""
     out: Place[str] = "grid.png"
-    """A .png file for one grid, a .npz file for arrays, or a folder for a PNG per sample."""
+    """A .png file for one grid, a .npz file for arrays, or a folder for many samples, which several processes can fill."""
     columns: Annotated[int | None, Field(ge=1)] = None
     """Columns of the grid; nearly square by default."""
     label: str = ""
     """Class name or index, several joined by commas to be dealt in turn, or "all"; drawn by the training frequencies where empty."""
     seed: Annotated[int | None, Field(ge=0)] = None
     """A fresh one by default, which is printed."""
-    temperature: float | None = None
-    """Divides the logits; 0 takes the most probable code."""
-    top_k: int | None = None
-    """Keep the k most probable codes."""
-    top_p: float | None = None
-    """Keep the most probable codes up to this mass."""
-    guidance: float | None = None
-    """Strength of the label; 1 is off."""
+    sampling: SamplingConfig = SamplingConfig()
+    """Temperature and the like."""
+    format: Kind = "png"
+    """In a folder: a PNG per sample, or a .npz file with arrays per shard."""
+    shard: Annotated[int, Field(ge=1)] = 1000
+    """In a folder: consecutive samples that one process draws."""
     batch_size: Place[Annotated[int | None, Field(ge=1)]] = None
     """How many are in the making at once; the samples do not depend on it."""
     device: Place[str] = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
+    """auto, cpu, cuda; with one process also cuda:1, ..."""
+    timeout: Place[Annotated[float, Field(gt=0)]] = 3600.0
+    """Seconds after which a process that waits for another gives up: longer than a shard takes."""
 
 
 def device_of(name: str) -> torch.device:
@@ -70,8 +74,8 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def labels_of(text: str, classes: tuple[str, ...], n: int) -> list[int] | None:
-    """The class of each sample: one name or index for all, or several in turn. Raises ValueError for an unknown one."""
+def turns(text: str, classes: tuple[str, ...]) -> list[int] | None:
+    """The classes that samples take in turn: one name or index for all, or several. Raises ValueError for an unknown one."""
     if not text:
         return None
     if not classes:
@@ -82,10 +86,8 @@ def labels_of(text: str, classes: tuple[str, ...], n: int) -> list[int] | None:
         return class_index(int(word) if not known and word.lstrip("-").isdecimal() else word, classes)
 
     if "," not in text or any(text.casefold() == name.casefold() for name in classes):
-        found = list(range(len(classes))) if text == "all" and text not in classes else [index(text)]
-    else:
-        found = [index(word.strip()) for word in text.split(",")]
-    return [found[i % len(found)] for i in range(n)]
+        return list(range(len(classes))) if text == "all" and text not in classes else [index(text)]
+    return [index(word.strip()) for word in text.split(",")]
 
 
 def checked_out(out: str) -> Path:
@@ -96,55 +98,31 @@ def checked_out(out: str) -> Path:
         raise UserError(f"out: {out} is a folder; expected a file, or a folder of another name")
     if not is_file and path.suffix and not path.is_dir() and not out.endswith("/"):
         raise UserError(f"out: {out!r} ends with {path.suffix!r}; expected .png, .npz, or a folder ({out}/)")
-    if not is_file and path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if not is_file and path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / PLAN).exists())):
         found = "a folder that holds files already" if path.is_dir() else "a file"
-        raise UserError(f"out: {out} is {found}; expected a new or empty folder")
+        raise UserError(f"out: {out} is {found}; expected a new or empty folder, or one of interrupted samples")
     above = next(p for p in (path if path.is_dir() else path.absolute().parent, *path.absolute().parents) if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"out: {above} is {'not writable' if above.is_dir() else 'a file'}; {out} cannot be written")
     return path
 
 
-def write_samples(pipeline: TwoStagePipeline, path: Path, config: SampleConfig, request: dict[str, Any]) -> None:
-    """Draws the samples and writes them: a grid, arrays, or a folder of pictures."""
-    rows = pipeline.stream(**request)  # fixes the seed
+def write_file(pipeline: TwoStagePipeline, path: Path, plan: SetPlan, columns: int | None) -> int:
+    """Draws the samples and writes them into one file: a grid or arrays. Returns the seed."""
+    label = plan.labels(plan.first, plan.n)
+    rows = pipeline.stream(plan.n, first=plan.first, label=label, seed=plan.seed, batch_size=plan.batch_size, **plan.options)
     seed = pipeline.last_seed
     assert seed is not None
-    label = request["label"]
-    if label is None and pipeline.classes:
-        label = pipeline.labels(config.n, first=config.first, seed=seed).tolist()
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".png" and not path.is_dir():
-        sheet = mosaic(torch.stack([x for _, x in rows]), min(config.n, config.columns or math.ceil(math.sqrt(config.n))))
-        with atomic(path) as temporary:
-            sheet.save(temporary, format="png")
-    elif path.suffix == ".npz" and not path.is_dir():
-        arrays = {"images" if pipeline.signal.kind == "image" else "x": stacked(pipeline, rows, config)}
-        arrays["index"] = np.arange(config.first, config.first + config.n)
-        if label is not None:
-            arrays["label"] = np.array(label)
-        with atomic(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-    else:
-        path.mkdir(exist_ok=True)
-        for index, x in rows:
-            to_pil(x[None])[0].save(path / f"{index:06d}.png")
-        facts = {"n": config.n, "first": config.first, "seed": seed, "classes": list(pipeline.classes), "label": label}
-        facts |= {name: value for name, value in request.items() if name in OPTIONS} | {"fingerprint": pipeline.spec.fingerprint}
-        write_atomic(path / FACTS, json_bytes(facts))  # last: its presence means complete
-    print(f"{config.n} samples of seed {seed}: {path}")
-
-
-def stacked(pipeline: TwoStagePipeline, rows: Iterator[tuple[int, Tensor]], config: SampleConfig) -> np.ndarray:
-    """(n, H, W, C) uint8 of images, (n, C, *axes) float32 of other signals; one array, filled as the samples come."""
-    convert = to_uint8 if pipeline.signal.kind == "image" else Tensor.numpy
-    out: np.ndarray | None = None
-    for index, x in rows:
-        row = convert(x[None])[0]
-        out = np.empty((config.n, *row.shape), row.dtype) if out is None else out
-        out[index - config.first] = row
-    assert out is not None
-    return out
+    if path.suffix == ".npz":
+        if label is None and pipeline.classes:
+            label = pipeline.labels(plan.n, first=plan.first, seed=seed).tolist()
+        write_npz(path, arrays(pipeline, rows, plan.first, plan.n, label))
+        return seed
+    sheet = mosaic(torch.stack([x for _, x in rows]), min(plan.n, columns or math.ceil(math.sqrt(plan.n))))
+    with atomic(path) as temporary:
+        sheet.save(temporary, format="png")
+    return seed
 
 
 def run(config: SampleConfig, flags: Flags) -> None:
@@ -152,28 +130,44 @@ def run(config: SampleConfig, flags: Flags) -> None:
     for name in ("dry_run", "max_steps", "resume", "allow_low_space"):
         if getattr(flags, name) not in (None, False):
             raise UserError(f"--{name}: pipelines.sample has no use for it")
-    if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise UserError(f"WORLD_SIZE: {world} processes; pipelines.sample runs as one, with --first for a part of the samples")
     path = checked_out(config.out)
-    device = device_of(config.device)
+    one_file = path.suffix in (".png", ".npz") and not path.is_dir()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and one_file:
+        raise UserError(f"out: {config.out} is one file, which {world} processes cannot write together; give a folder")
+    device = device_of(config.device) if world == 1 else start(config.device, config.timeout)
     if config.pipeline:
         pipeline = TwoStagePipeline.from_pretrained(config.pipeline, revision=config.revision)
     else:
         pipeline = TwoStagePipeline.bundled()
-    if path.suffix != ".npz":
+    if path.suffix != ".npz" and (one_file or config.format == "png"):
         check_output("pil", pipeline.signal)
-    request: dict[str, Any] = {"n": config.n, "first": config.first, "seed": config.seed, "batch_size": config.batch_size}
-    request |= {"label": labels_of(config.label, pipeline.classes, config.n)}
-    request |= {name: getattr(config, name) for name in OPTIONS if getattr(config, name) is not None}
+    label = turns(config.label, pipeline.classes)
+    plan = SetPlan(
+        n=config.n,
+        first=config.first,
+        seed=config.seed,
+        label=None if label is None else tuple(label),
+        options=config.sampling.given(),
+        kind=config.format,
+        shard=config.shard,
+        batch_size=config.batch_size,
+    )
+    pipeline.stream(1, first=plan.first, label=plan.labels(plan.first, 1), seed=plan.seed, batch_size=plan.batch_size, **plan.options)
     if flags.check:
-        pipeline.stream(**request)
         print(f"{pipeline}: {config.n} samples would be written to {path}")
         return
-    write_samples(pipeline.to(device), path, config, request)
+    try:
+        pipeline.to(device)
+        seed = write_file(pipeline, path, plan, config.columns) if one_file else write_set(pipeline, path, plan)
+    except DiskFullError as error:
+        raise RunError(f"{error}; the same command goes on from here") from error
+    if comm.rank == 0:
+        print(f"{config.n} samples of seed {seed}: {path}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    run(*parse(SampleConfig, argv, program="python -m pipelines.sample"))
+    run(*parse(SampleConfig, argv, ALIASES, PROGRAM))
 
 
 if __name__ == "__main__":

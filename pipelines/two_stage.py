@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
@@ -11,79 +11,29 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 import torch
 from torch import Tensor
 
-from intarsia.specs import Cond, SignalSpec
-from pipelines.fit import check_fit, check_options, whole
-from pipelines.labels import Label, drawn_labels, label_tensor
-from pipelines.likelihood import nats
-from pipelines.outputs import check_output, converted, from_public, to_public
-from pipelines.request import Request, checked_request
+from pipelines.completion import Completions
+from pipelines.drawing import draw_codes
+from pipelines.fit import whole
+from pipelines.labels import Label, drawn_labels, label_source
+from pipelines.outputs import check_output, converted
+from pipelines.request import Request
 from pipelines.saving import load_prior, load_tokenizer, publish_pipeline, read_pipeline, write_pipeline
-from stage1_tokenizer.tokenizers.base import Tokenizer
-from stage2_prior.priors.base import Prior
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
 
-class TwoStagePipeline:
+class TwoStagePipeline(Completions):
     """tokenizer + priors: ``sample`` draws codes level by level, coarse to fine, and decodes them.
 
     Signals are (n, C, *axes) in [0, 1] (audio: [-1, 1]), on any device. Sample i of a seed has the same bits whatever n,
     ``batch_size``, order and number of processes: the networks see fixed, padded micro-batches, and every draw is a
     function of (seed, i, level, position). The bits do depend on the device, the dtype and the number of threads.
 
-    Attributes:
-        tokenizer, priors: the parts; the priors in order of their levels, coarse to fine.
-        micro_batch: rows of the priors' micro-batches; the tokenizer has its own.
-        defaults: sampling options where a call gives none.
-        classes: names of the classes that a label can be; empty where no prior takes labels.
-        last_seed: the seed of the latest ``sample`` or ``stream``; None before.
+    Attributes: those of ``PipelineParts``. The arguments of ``complete``, ``inpaint``, ``outpaint`` and ``variations`` are
+    described at ``Completions``.
     """
-
-    def __init__(
-        self, tokenizer: Tokenizer, priors: Sequence[Prior], *, micro_batch: int = 32, defaults: Mapping[str, Any] | None = None
-    ) -> None:
-        """Raises ValueError where the parts do not fit: see ``pipelines.fit.check_fit``."""
-        if not isinstance(tokenizer, Tokenizer):
-            raise ValueError(f"tokenizer: a {type(tokenizer).__name__}; expected a Tokenizer")
-        self.tokenizer = tokenizer
-        self.priors = tuple(priors)
-        self.spec = tokenizer.spec
-        check_fit(tokenizer, self.spec, self.priors)
-        self.micro_batch = whole("micro_batch", micro_batch, 1)
-        self.defaults = dict(defaults or {})
-        check_options(self.priors, self.defaults)
-        self._labelled = next((prior.spec for prior in self.priors if prior.conditional), None)
-        self.classes = () if self._labelled is None else self._labelled.classes
-        self.last_seed: int | None = None
-
-    # Where it is -----------------------------------------------------------------------------------------------
-    @property
-    def signal(self) -> SignalSpec:
-        return self.spec.signal
-
-    @property
-    def device(self) -> torch.device:
-        return self.tokenizer.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tokenizer.dtype
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Moves all parts, as ``nn.Module.to`` does: ``to("cuda")``, ``to("cuda", torch.bfloat16)``. Quantisers stay in float32 or wider.
-
-        Another dtype changes the last bits of latents, and so a few codes of ``encode``: publish and save before the cast.
-        """
-        parts: tuple[torch.nn.Module, ...] = (self.tokenizer, *self.priors)
-        for part in parts:
-            part.to(*args, **kwargs)
-        return self
-
-    def __repr__(self) -> str:
-        priors = ", ".join(f"{type(p).__name__}({p.levels.start}:{p.levels.stop})" for p in self.priors)
-        return f"TwoStagePipeline({type(self.tokenizer).__name__}, [{priors}], {self.signal.channels} x {self.signal.shape}, {self.device})"
 
     # Sampling --------------------------------------------------------------------------------------------------
     @overload
@@ -126,7 +76,8 @@ class TwoStagePipeline:
             batch_size: how many samples are in the making at once; memory and speed depend on it, the bits do not.
             output: "pt" a float tensor (n, C, *axes) on the CPU; "np" an array of the same shape; "pil" a list of pictures.
             progress: True shows a progress bar at once, None after two seconds, False never.
-            options: of the priors, such as ``temperature``, ``top_k``, ``top_p``, ``guidance``.
+            options: of the priors, such as ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``guidance``; a value for every prior
+                that has the option, or {name of a level: value}. ``guidance`` takes {"start", "stop"}, too.
 
         Raises:
             ValueError: naming the argument, before any sample is drawn.
@@ -170,17 +121,11 @@ class TwoStagePipeline:
     def _request(
         self, n: int, first: int, label: Any, seed: int | None, batch_size: int | None, progress: bool | None, options: Mapping[str, Any]
     ) -> Request:
-        request = checked_request(
-            self.priors,
-            self._labelled,
-            n,
-            first=first,
-            label=label,
-            seed=seed,
-            batch_size=max(self.micro_batch, self.tokenizer.config.micro_batch) if batch_size is None else batch_size,
-            progress=progress,
-            options=self.defaults | dict(options),
-        )
+        request = self._checked(n, first, seed, batch_size, progress=progress, options=options)
+        if self._labelled is not None:
+            request = replace(request, label_of=label_source(label, request.n, request.first, request.seed, self._labelled))
+        elif label is not None:
+            raise ValueError("label: no prior of this pipeline takes labels")
         self.last_seed = request.seed
         return request
 
@@ -188,53 +133,8 @@ class TwoStagePipeline:
         """(indices (b,), signals (b, C, *axes)) on the CPU, batch by batch."""
         return ((ids, self._draw(ids, request)) for ids in request.batches())
 
-    @torch.no_grad()
     def _draw(self, ids: Tensor, request: Request) -> Tensor:
-        codes: list[Tensor] = []
-        label = None if request.label_of is None else request.label_of(ids).to(self.device)
-        for prior, options in zip(self.priors, request.options, strict=True):
-            cond = Cond(label=label) if prior.conditional else None
-            codes += prior.sample(
-                ids.to(self.device), upper=tuple(codes), cond=cond, seed=request.seed, micro_batch=self.micro_batch, **options
-            )
-        return to_public(self.tokenizer.decode(codes), self.signal).cpu()
-
-    # Signals and codes -----------------------------------------------------------------------------------------
-    def encode(self, x: Tensor) -> list[Tensor]:
-        """Signals (n, C, *axes) in [0, 1] to codes, one (n, *grid) int64 tensor per level, on the pipeline's device."""
-        return self.tokenizer.encode(from_public(x, self.signal).to(self.device))
-
-    def decode(self, codes: Sequence[Tensor]) -> Tensor:
-        """Codes of all levels, or of leading ones that the tokenizer decodes alone, to signals (n, C, *axes) in [0, 1]."""
-        return to_public(self.tokenizer.decode([c.to(self.device) for c in codes]), self.signal)
-
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """``decode(encode(x))``: signals in [0, 1] as their codes keep them."""
-        return self.decode(self.encode(x))
-
-    # Likelihood ------------------------------------------------------------------------------------------------
-    @property
-    def nll_is_bound(self) -> bool:
-        """True where ``nll`` is an upper bound, because that of a prior is."""
-        return any(prior.nll_is_bound for prior in self.priors)
-
-    def nll(self, x: Tensor | Sequence[Tensor], label: Label | None = None) -> Tensor:
-        """(n,) float64: -log p(codes | label) in nats, summed over all codes of the levels that the priors model.
-
-        Args:
-            x: signals (n, C, *axes) in [0, 1], or their codes, one (n, *grid) int64 tensor per level.
-            label: as in ``sample``; None asks the priors without a label, which those trained with labels always present refuse.
-        """
-        codes = [c.to(self.device) for c in (self.encode(x) if isinstance(x, Tensor) else x)][: self.priors[-1].levels.stop]
-        if label is not None and not self.classes:
-            raise ValueError("label: no prior of this pipeline takes labels")
-        n = len(codes[0]) if codes else 0
-        given = None if label is None else label_tensor(label, n, self.classes).expand(n).to(self.device)
-        return nats(self.priors, codes, given, self.micro_batch)
-
-    def bits_per_image(self, x: Tensor | Sequence[Tensor], label: Label | None = None) -> Tensor:
-        """(n,) float64: ``nll`` in bits."""
-        return self.nll(x, label) / math.log(2)
+        return self.decode(draw_codes(self.priors, ids, request, self.micro_batch)).cpu()
 
     # Saving and loading ----------------------------------------------------------------------------------------
     @classmethod

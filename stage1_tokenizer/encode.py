@@ -87,7 +87,8 @@ def dump_codes(
     plans = {}
     for name in source.splits:
         split = source.split(name)
-        plans[name] = SplitPlan(len(split), views if name == "train" else 1, labelled=split.labels is not None)
+        labelled, captioned = split.labels is not None, split.captions is not None
+        plans[name] = SplitPlan(len(split), views if name == "train" else 1, labelled, captioned)
     spec = tokenizer.spec
     writer = CodesWriter(
         out,
@@ -106,10 +107,16 @@ def dump_codes(
         for done in _encode(tokenizer, source, shards, seed, reader, bar):
             if pending is not None:
                 pending.result()
-            pending = writing.submit(writer.write_shard, done.shard, done.codes, done.label)
+            pending = writing.submit(writer.write_shard, done.shard, done.codes, done.label, captions_of(source, done.shard))
         if pending is not None:
             pending.result()
     return writer.close()
+
+
+def captions_of(source: Source, shard: ShardRange) -> list[str] | None:
+    """The captions of a shard's rows; None where the source has none. Every view of a sample has the sample's."""
+    split = source.split(shard.split)
+    return None if split.captions is None else [split.captions[i] for i in shard.rows(len(split))[0].tolist()]
 
 
 def _bar(shards: list[ShardRange], shown: bool) -> Any:

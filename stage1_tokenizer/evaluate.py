@@ -1,7 +1,7 @@
 """Figures and pictures of a trained tokenizer: ``accelerate launch -m stage1_tokenizer.evaluate --tokenizer runs/tok``.
 
-PSNR and SSIM on a split, and how the codes are used on it and on the train split. Any number of processes gives the same
-figures: each takes a share of the samples, and sums are added up.
+PSNR and SSIM on a split, how the codes are used on it and on the train split, and of several levels what each is worth. Any
+number of processes gives the same figures: each takes a share of the samples, and sums are added up.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from intarsia.order import share
 from intarsia.pictures import save_codebook, save_strips
 from intarsia.processes import start
 from stage1_tokenizer.data.base import SOURCES, Source, SourceConfig, Split
+from stage1_tokenizer.levels import LevelMetrics, partners, prefix_rows, swapped_rows
+from stage1_tokenizer.levels import lines as level_lines
 from stage1_tokenizer.metrics import CodeMetrics, ReconstructionMetrics, finite_or_null, unit
 from stage1_tokenizer.run_data import with_run_data
 from stage1_tokenizer.tokenizers.base import Tokenizer
@@ -60,17 +62,18 @@ class Evaluation:
 
     Attributes:
         reconstruction: None where only codes were counted.
+        levels: None there, and where there is one level that has no prefixes.
     """
 
     reconstruction: ReconstructionMetrics | None
     codes: CodeMetrics
+    levels: LevelMetrics | None
 
 
-def _batches(split: Split, comm: Comm) -> Iterator[Tensor]:
-    """This rank's share of a split, as signals (B, C, *axes) in [-1, 1]."""
+def _rows(split: Split, comm: Comm) -> Iterator[Tensor]:
+    """This rank's share of a split, as numbers of samples."""
     mine = share(len(split), comm.rank, comm.world_size)
-    for rows in torch.arange(mine.start, mine.stop).split(BATCH) if mine.stop > mine.start else ():
-        yield split.batch(rows)["x"]
+    yield from torch.arange(mine.start, mine.stop).split(BATCH) if mine.stop > mine.start else ()
 
 
 def evaluate(tokenizer: Tokenizer, split: Split, *, reconstruct: bool = True, comm: Comm = comm) -> Evaluation:
@@ -80,13 +83,20 @@ def evaluate(tokenizer: Tokenizer, split: Split, *, reconstruct: bool = True, co
     range [-1, 1] is [0, 1], and MAX is 1.
     """
     metrics, codes = ReconstructionMetrics(tokenizer.device), CodeMetrics(tokenizer.level_specs(), tokenizer.device)
-    for x in _batches(split, comm):
-        x = x.to(tokenizer.device)
+    levels = LevelMetrics(tokenizer, len(split))
+    for rows in _rows(split, comm):
+        x = split.batch(rows)["x"].to(tokenizer.device)
         found = tokenizer.encode(x)
         codes.update(found)
         if reconstruct:
             metrics.update(unit(x), unit(tokenizer.decode(found).to(x.dtype)))
-    return Evaluation(metrics.all_reduce_(comm) if reconstruct else None, codes.all_reduce_(comm))
+        if reconstruct and levels:
+            others = tokenizer.encode(split.batch(partners(rows, len(split)))["x"].to(tokenizer.device)) if levels.swaps else []
+            levels.update(x, found, others)
+    codes.all_reduce_(comm)
+    if not reconstruct:
+        return Evaluation(None, codes, None)
+    return Evaluation(metrics.all_reduce_(comm), codes, levels.all_reduce_(comm) if levels else None)
 
 
 def decoded_codes(tokenizer: Tokenizer, counts: list[Tensor], level: int, limit: int = SHOWN_CODES) -> Tensor:
@@ -119,11 +129,27 @@ def drawable(tokenizer: Tokenizer) -> bool:
     return tokenizer.signal.kind == "image" and tokenizer.signal.channels in (1, 3)
 
 
+def _shown(split: Split, n: int) -> Tensor:
+    """``n`` samples, evenly spaced over the split, so that sorted classes all occur."""
+    return torch.linspace(0, len(split) - 1, min(n, len(split))).round().long().unique()
+
+
 def draw_reconstructions(path: Path, tokenizer: Tokenizer, split: Split, n: int, title: str = "") -> None:
-    """``n`` images, evenly spaced over the split (so that sorted classes all occur), above their reconstructions."""
-    rows = torch.linspace(0, len(split) - 1, min(n, len(split))).round().long().unique()
-    x = split.batch(rows)["x"].to(tokenizer.device)
-    save_strips(path, {"original": unit(x), "reconstruction": unit(tokenizer.decode(tokenizer.encode(x)).to(x.dtype))}, title=title)
+    """``n`` images above their reconstructions: from leading levels alone, where these decode, and from all."""
+    x = split.batch(_shown(split, n))["x"].to(tokenizer.device)
+    codes = tokenizer.encode(x)
+    save_strips(
+        path, {"original": unit(x), **prefix_rows(tokenizer, codes), "reconstruction": unit(tokenizer.decode(codes))}, title=title
+    )
+
+
+def draw_swapped(path: Path, tokenizer: Tokenizer, split: Split, n: int, title: str = "") -> None:
+    """``n`` images above the samples they swap codes with, and above what they become with the others' codes of one level."""
+    rows = _shown(split, n)
+    x, other = (split.batch(r)["x"].to(tokenizer.device) for r in (rows, partners(rows, len(split))))
+    codes, others = tokenizer.encode(x), tokenizer.encode(other)
+    own = {"reconstruction": unit(tokenizer.decode(codes)), "the other": unit(tokenizer.decode(others))}
+    save_strips(path, own | swapped_rows(tokenizer, codes, others), title=title)
 
 
 def draw_codebook(path: Path, tokenizer: Tokenizer, codes: CodeMetrics, title: str = "") -> None:
@@ -143,12 +169,16 @@ def report(tokenizer: Tokenizer, source: Source, split: str, comm: Comm = comm) 
     held = evaluate(tokenizer, source.split(split), comm=comm)
     train = held if split == "train" else evaluate(tokenizer, source.split("train"), reconstruct=False, comm=comm)
     assert held.reconstruction is not None
+    figures = held.reconstruction.compute()
+    prefixes, swaps = ([], []) if held.levels is None else held.levels.compute(figures["psnr"], held.codes.compute())
     usage = {"train": train.codes} | {split: held.codes}
     tree = {
         "tokenizer": {"type": tokenizer.type_name, "fingerprint": tokenizer.fingerprint, "sha256": tokenizer.weights_sha256},
         "data": source.describe(),
         "split": split,
-        "reconstruction": held.reconstruction.compute(),
+        "reconstruction": figures,
+        "prefixes": [asdict(prefix) for prefix in prefixes],
+        "swaps": [asdict(swap) for swap in swaps],
         "codes": {name: [asdict(level) for level in codes.compute()] for name, codes in usage.items()},
     }
     return tree, train.codes
@@ -161,6 +191,7 @@ def table(tree: dict[str, Any]) -> str:
         f"{found['samples']} {tree['split']} samples: PSNR {found['psnr']:.2f} dB (mean per sample), {found['psnr_pooled']:.2f} dB (pooled)"
         + (f", SSIM {found['ssim']:.4f} (11x11 Gaussian, inside the border)" if "ssim" in found else "")
     ]
+    lines += level_lines(tree)
     for split, levels in tree["codes"].items():
         for level in levels:
             lines.append(
@@ -207,6 +238,9 @@ def main(argv: list[str] | None = None) -> None:
         if drawable(tokenizer):
             title = f"{config.split.capitalize()} images and their reconstructions"
             draw_reconstructions(out / "reconstructions.png", tokenizer, source.split(config.split), config.pictures, title)
+        if drawable(tokenizer) and len(tokenizer.level_specs()) > 1:
+            title = f"{config.split.capitalize()} images with another one's codes of one level"
+            draw_swapped(out / "swapped.png", tokenizer, source.split(config.split), config.pictures, title)
     print(table(tree))
     print(f"{out / 'evaluation.json'} written", flush=True)
 

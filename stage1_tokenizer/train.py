@@ -16,16 +16,18 @@ from torch import Tensor
 from intarsia.cli import Flags, parse, run_main
 from intarsia.config import ConfigError, Place, differences
 from intarsia.hub_files import release_folder
-from intarsia.machine import tensor_bytes
 from intarsia.meta import build_on_meta
 from intarsia.pictures import save_strips
 from intarsia.prefetch import Loader
 from intarsia.rng import StepRng
 from intarsia.run import Run
 from intarsia.run_config import RunConfig
+from stage1_tokenizer import sizes
 from stage1_tokenizer.data.base import SOURCES, Source, SourceConfig
 from stage1_tokenizer.data.bundled import BundledConfig
 from stage1_tokenizer.encode import space_needed
+from stage1_tokenizer.health import Health, HealthConfig
+from stage1_tokenizer.levels import prefix_rows, swapped_rows
 from stage1_tokenizer.metrics import CodeMetrics, ReconstructionMetrics, unit
 from stage1_tokenizer.objectives.base import OBJECTIVES, ObjectiveConfig
 from stage1_tokenizer.objectives.reconstruction import ReconstructionConfig
@@ -45,6 +47,8 @@ class TokenizerTrainConfig(RunConfig):
     """What is trained."""
     objective: ObjectiveConfig = ReconstructionConfig()
     """What it is trained for."""
+    health: HealthConfig = HealthConfig()
+    """How the use of the codes is watched, and what a collapse leads to."""
     train: Literal["all", "decoder"] = "all"
     """decoder: only what turns codes into signals; the codes and the fingerprint of `init` stay."""
     init_samples: Annotated[int, Field(ge=1)] = 1024
@@ -69,7 +73,10 @@ def train(config: TokenizerTrainConfig, flags: Flags) -> None:
         if config.train == "decoder":
             freeze_codes(tokenizer)
         model = run.prepare(tokenizer)
-        if not run.resume(extra={"objective": objective}):
+        health = Health(config.health, tokenizer).to(run.device)
+        if run.resume(extra={"objective": objective, "health": health}):
+            health.restore(tokenizer)
+        else:
             start(run, config, tokenizer, data)
 
         for step in run.steps():
@@ -79,11 +86,15 @@ def train(config: TokenizerTrainConfig, flags: Flags) -> None:
                     out = model(x, rng=part.rng)
                     loss, stats = objective.tokenizer_loss(out, x, step, part.rng)
                     run.backward(loss, part, stats)
+                if not part.ghost:
+                    health.count(out.codes)
             if run.optimizer_step(tokenizer.finite()):
                 if config.train == "all":
                     run.note(tokenizer.update(run.rng(step), run.comm))
                 else:
                     tokenizer.discard()
+            if config.train == "all" and health.due(step):
+                run.note(health.look(tokenizer, run.comm, lambda: initialize(run, config, tokenizer, data), run.say))
             run.log(step)
             if run.due("validate", step) or run.due("pictures", step):
                 with release_weights(run, config, tokenizer, data):
@@ -118,9 +129,14 @@ def start(run: Run, config: TokenizerTrainConfig, tokenizer: Tokenizer, data: Lo
             raise ConfigError([f"{path}: {new!r}, but init ({config.init}) was made with {old!r}" for path, old, new in found])
         tokenizer.load_state_dict(release.state_dict())
         run.weights_changed()
-    if config.train == "all":  # codebooks that are initialised already stay as they are
-        batches = (batch["x"] for batch in run.first_batches(data, config.init_samples))
-        tokenizer.initialize(batches, run.rng(0), run.comm)
+    if config.train == "all":
+        initialize(run, config, tokenizer, data)
+
+
+def initialize(run: Run, config: TokenizerTrainConfig, tokenizer: Tokenizer, data: Loader) -> None:
+    """Sets the codebooks from the first signals; those that are initialised already stay as they are."""
+    batches = (batch["x"] for batch in run.first_batches(data, config.init_samples))
+    tokenizer.initialize(batches, run.rng(0), run.comm)
 
 
 @contextmanager
@@ -152,12 +168,17 @@ def validate(run: Run, config: TokenizerTrainConfig, tokenizer: Tokenizer, sourc
 
 
 def draw_reconstructions(run: Run, tokenizer: Tokenizer, source: Source, step: int) -> None:
-    """reconstructions.png: the first signals of the validation split above what the codes make of them. Images only."""
+    """reconstructions.png: the first signals of the validation split above what the codes make of them. Images only.
+
+    With several levels also what leading levels alone make of them, and each image with its neighbour's codes of one level.
+    """
     if not run.is_main or source.signal.kind != "image" or source.signal.channels not in (1, 3):
         return
     split = source.split("validation" if "validation" in source.splits else "train")
     x: Tensor = split.batch(torch.arange(min(PICTURED, len(split))))["x"].to(run.device, run.dtype)
-    rows = {"original": unit(x), "reconstruction": unit(tokenizer.decode(tokenizer.encode(x)))}
+    codes = tokenizer.encode(x)
+    rows = {"original": unit(x), **prefix_rows(tokenizer, codes), "reconstruction": unit(tokenizer.decode(codes))}
+    rows |= swapped_rows(tokenizer, codes, [c.roll(1, 0) for c in codes])
     save_strips(run.folder / "reconstructions.png", rows, title=f"step {step + 1}")
     run.picture("reconstructions.png", step)
 
@@ -171,14 +192,8 @@ def on_meta(config: TokenizerTrainConfig, source: Source) -> Tokenizer:
 
 def describe(config: TokenizerTrainConfig, source: Source) -> Iterator[str]:
     """What --dry_run prints."""
-    tokenizer = on_meta(config, source)
-    weights, trained = tensor_bytes(tokenizer.state_dict().values()), tensor_bytes(tokenizer.parameters())
     copies = 3 + bool(config.optim.average)  # gradients, two moments, averages
-    yield f"{config.tokenizer.type_name}: {sum(p.numel() for p in tokenizer.parameters()):,} parameters"
-    for level in tokenizer.level_specs():
-        yield f"level {level.name}: {level.vocab} codes on a grid of {'x'.join(map(str, level.shape))}"
-    yield f"memory: {weights + copies * trained:,} bytes for weights, gradients and optimizer; activations come on top"
-    yield f"disk: {weights + (copies - 1) * trained:,} bytes per checkpoint, {config.log.keep} are kept"
+    yield from sizes.describe(on_meta(config, source), copies, config.log.keep)
 
 
 def check(source: Source) -> Iterator[str]:

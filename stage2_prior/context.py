@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from intarsia.specs import LevelSpec
+from stage2_prior.digits import code_table, sizes_of
 from stage2_prior.layout import Layout, nearest_cells
 
 _CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -65,10 +66,13 @@ class UpperCodes(nn.Module):
         for level in upper:
             if len(level.shape) != axes:
                 raise ValueError(f"prior.levels: {level.name!r} has a grid {level.shape}; expected {axes} axes, as below it")
+            for shape in (below.shape for below in levels):
+                if any(coarse > fine for coarse, fine in zip(level.shape, shape, strict=True)):  # codes under no cell are never seen
+                    raise ValueError(f"prior.levels: {level.name!r} has a grid {level.shape}, finer than {shape} below it")
         self.shapes = [level.shape for level in levels]
         self.coarse = [level.shape for level in upper]
         self._cells: dict[tuple[tuple[int, ...], tuple[int, ...], torch.device], Tensor] = {}
-        self.tables = nn.ModuleList(embedding(u.vocab, width, len(upper) ** -0.5) for u in upper)
+        self.tables = nn.ModuleList(code_table(sizes_of(u, "auto"), width, len(upper) ** -0.5) for u in upper)
         self.blocks = nn.ModuleList(_block(axes, width) for _ in range(blocks))
 
     def _under(self, coarse: tuple[int, ...], fine: tuple[int, ...], device: torch.device) -> Tensor:

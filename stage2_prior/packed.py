@@ -28,9 +28,13 @@ def packed(linear: nn.Linear) -> Projection:
     gradient through it, so that with gradients on, as under autocast, on other devices and in float64, the layer itself comes
     back.
     """
-    weight, bias = linear.weight, linear.bias
+    return packed_matrix(linear.weight, linear.bias) or linear
+
+
+def packed_matrix(weight: Tensor, bias: Tensor | None = None) -> Projection | None:
+    """x to x weight^T + bias with a packed (out, in) matrix; None where ``packed`` would give the layer itself."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or weight.device.type != "cpu" or not _packs(weight.dtype):
-        return linear
+        return None
     laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
     product = torch.ops.mkldnn._linear_pointwise
     return lambda x: product(x, laid_out, bias, "none", [], "")

@@ -84,7 +84,8 @@ def inputs(prior: Prior, batch: dict[str, Any]) -> tuple[list[torch.Tensor], Con
 
 
 def validate(run: Run, config: PriorTrainConfig, prior: Prior, held: CodesDataset | None, step: int) -> bool:
-    """Bits per code given the labels, each sample counted once over the processes; True for a new best."""
+    """Bits per code given the labels ("bits_bound" where a prior gives a bound), each sample counted once over the processes; True for
+    a new best."""
     if held is None:
         return False
     levels = [level.positions for level in prior.own]
@@ -95,11 +96,12 @@ def validate(run: Run, config: PriorTrainConfig, prior: Prior, held: CodesDatase
             total[:-1] += nll.double().sum(0)
             total[-1] += len(nll)
     nats = (run.comm.all_reduce_sum_(total)[:-1] / total[-1]).cpu()
-    figures = {"bits": nats.mean().item() / math.log(2)}
+    name = "bits_bound" if prior.nll_is_bound else "bits"
+    figures = {name: nats.mean().item() / math.log(2)}
     if len(levels) > 1:
         apart = zip(prior.own, prior.by_level(nats), strict=True)
-        figures |= {f"bits/{level.name}": each.mean().item() / math.log(2) for level, each in apart}
-    return run.validated(step, figures, best="bits")
+        figures |= {f"{name}/{level.name}": each.mean().item() / math.log(2) for level, each in apart}
+    return run.validated(step, figures, best=name)
 
 
 def start(run: Run, config: PriorTrainConfig, prior: Prior) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stage2_prior.packed import Projection, packed
 
+NORM_EPS = 1e-6
 EXPLICIT_LENGTH = 512  # longest sequence whose attention is computed explicitly in half precision on a CPU
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, each (length, head dim)
@@ -118,12 +119,17 @@ class Attention(nn.Module):
         return out(y.to(v.dtype).transpose(1, 2).flatten(2))
 
 
+def feed_forward_width(width: int) -> int:
+    """About 8/3 of the width, so that a feed-forward with a gate costs what one of 4 times the width costs without."""
+    return 32 * math.ceil(8 * width / 3 / 32)
+
+
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), with ``hidden`` about 8/3 of the width, so that it costs what 4 without a gate costs."""
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        hidden = 32 * math.ceil(8 * width / 3 / 32)
+        hidden = feed_forward_width(width)
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
@@ -132,7 +138,6 @@ class FeedForward(nn.Module):
 
 
 def swiglu(x: Tensor, gate_up: Projection, down: Projection) -> Tensor:
-    """down(silu(gate) * up), where ``gate_up`` gives both halves (Shazeer 2020)."""
     """down(silu(gate) * up), with gate and up in one projection (Shazeer 2020, arXiv:2002.05202)."""
     gate, up = gate_up(x).chunk(2, -1)
     return down(F.silu(gate) * up)
@@ -143,9 +148,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, causal: bool = True) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
+        self.attention_norm = nn.RMSNorm(width, eps=NORM_EPS)
         self.attention = Attention(width, heads, causal)
-        self.feed_forward_norm = nn.RMSNorm(width, eps=1e-6)
+        self.feed_forward_norm = nn.RMSNorm(width, eps=NORM_EPS)
         self.feed_forward = FeedForward(width)
 
     def forward(self, x: Tensor, rotary: Rotary | None, keep: Tensor | None) -> Tensor:
@@ -177,7 +182,7 @@ class Transformer(nn.Module):
             raise ValueError(f"prior.width: {width} is no multiple of prior.heads, {heads}")
         self.width, self.depth, self.heads = width, depth, heads
         self.blocks = nn.ModuleList(Block(width, heads, causal) for _ in range(depth))
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.norm = nn.RMSNorm(width, eps=NORM_EPS)
         self.reset()
 
     def reset(self) -> None:
@@ -205,8 +210,8 @@ class Transformer(nn.Module):
     def cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for ``batch`` rows of at most ``capacity`` places."""
         shape = (self.depth, batch, self.heads, capacity, self.width // self.heads)
-        keys = self.norm.weight.new_zeros(shape, dtype=torch.promote_types(self.norm.weight.dtype, torch.float32))
-        return Cache(keys, torch.zeros_like(keys), [block.projections() for block in self.stack])
+        keys = self.norm.weight.new_empty(shape, dtype=torch.promote_types(self.norm.weight.dtype, torch.float32))
+        return Cache(keys, torch.empty_like(keys), [block.projections() for block in self.stack])
 
     def append(self, x: Tensor, cache: Cache, rotary: Rotary | None = None) -> Tensor:
         """``forward`` of the L places that follow those in ``cache``, which takes them up: one place, or several at first.

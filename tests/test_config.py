@@ -9,7 +9,7 @@ import pydantic
 import pytest
 
 from intarsia import yaml_io
-from intarsia.config import Budget, Config, ConfigError, Place, differences, field_class, walk
+from intarsia.config import Added, Budget, Config, ConfigError, Place, differences, field_class, hashed, walk
 from intarsia.registry import Registry
 
 SHAPES: Registry[Any] = Registry("shape")
@@ -246,3 +246,28 @@ def test_an_unregistered_configuration_says_so():
 
     with pytest.raises(pydantic.ValidationError, match="needs a 'type'"):
         LooseConfig(size=2)
+
+
+class Grown(Config):
+    """A configuration to which a release did not yet give `later`."""
+
+    width: int = 3
+    """Always there."""
+    later: Added[tuple[int, ...]] = ()
+    """Came after the release."""
+
+
+class GrownAround(Config):
+    """Holds others."""
+
+    one: Grown = Grown()
+    """One."""
+    several: tuple[Grown, ...] = (Grown(), Grown(later=(1,)))
+    """Several."""
+
+
+def test_an_added_field_enters_hashes_only_where_it_is_not_at_its_default():
+    assert hashed(Grown()) == {"width": 3} and Grown().to_dict() == {"width": 3, "later": []}
+    assert hashed(Grown(later=(2, 3))) == {"width": 3, "later": [2, 3]}
+    assert hashed(GrownAround()) == {"one": {"width": 3}, "several": [{"width": 3}, {"width": 3, "later": [1]}]}
+    assert Grown.from_dict({"width": 3}) == Grown() and differences(Grown(), Grown(later=(1,))) == [("later", [], [1])]

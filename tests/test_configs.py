@@ -1,7 +1,8 @@
 """Every shipped configuration loads through the script that its folder's README names, builds, and takes two steps.
 
 The reductions are those of ``REDUCED``: four samples a step, and tiny data of the same geometry in place of what is not
-bundled. Networks keep their full size.
+bundled, of 128 px where it is more. Networks keep their full size, but for configurations marked as large: those step with the
+widths, depths and batches of ``SMALL``, their grids and all else as they are.
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ import numpy as np
 import pytest
 import torch
 
+from configs import table
 from intarsia.cli import Flags, load_tree, parse, shipped_configs
 from intarsia.codes import write_codes
 from intarsia.meta import build_on_meta
 from intarsia.specs import SignalSpec
+from stage1_tokenizer.data.folder import FolderConfig
 
 ROOT = Path(__file__).resolve().parent.parent / "configs"
-NAMES = shipped_configs()
+OTHERS = ("accelerate", "compare_quantizers")  # of the launcher and of other scripts, with tests of their own
+NAMES = [name for name in shipped_configs() if Path(name).parts[0] not in OTHERS]
 SCRIPTS = {"tokenizer": "stage1_tokenizer.train", "prior": "stage2_prior.train"}
 REDUCED = {"batch_size": 4, "accumulate": 1, "workers": 0, "device": "cpu", "validation_samples": 8}
+SMALL = {"width": 32, "depth": 2, "codes": 64, "samples": 2}  # heads keep their width of at least 4: 8 of them
 LOG = {"every": 1, "validate_every": 0, "pictures_every": 0, "trackers": ()}
 
 
@@ -48,6 +53,8 @@ def tiny_data(config: Any, folder: Path) -> Any:
                 head = struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
                 (folder / f"{stem}-{kind}-ubyte").write_bytes(head + values.astype(np.uint8).tobytes())
         return config.replace(root=str(folder), holdout=8)
+    if config.type_name == "torchvision":
+        config = FolderConfig(transform=config.transform.replace(size=config.transform.size or 32))
     if config.type_name == "folder":
         from PIL import Image
 
@@ -62,10 +69,10 @@ def tiny_data(config: Any, folder: Path) -> Any:
     return config
 
 
-def tokenizer_of(prior: str) -> str:
-    """The tokenizer configuration of the same folder whose codes the prior takes: the first, or the one that its name begins with."""
-    beside = [name for name in NAMES if Path(name).parent == Path(prior).parent and kind_of(name) == "tokenizer"]
-    return max(beside, key=lambda name: Path(prior).stem.startswith(Path(name).stem))
+def smaller(data: Any) -> Any:
+    """Images above 128 px as 128 px: the nets take any size, and a step at 1024 px takes a minute."""
+    size = data.transform.size if "transform" in type(data).model_fields else None
+    return data.replace(transform=data.transform.replace(size=128)) if isinstance(size, int) and size > 128 else data
 
 
 def tiny_codes(name: str, folder: Path) -> Path:
@@ -87,7 +94,9 @@ def tiny_codes(name: str, folder: Path) -> Path:
 
 
 def test_there_are_configurations():
-    assert {Path(name).parts[0] for name in NAMES} == {"fashion", "fashion_mnist", "imagefolder"}
+    folders = {"fashion", "fashion_mnist", "emoji", "imagefolder", "cifar10", "celeba64", "imagenet256"}
+    assert {Path(name).parts[0] for name in NAMES} == folders
+    assert {Path(name).parts[0] for name in table.large()} == {"cifar10", "celeba64", "imagenet256"}
     assert {kind_of(name) for name in NAMES} == SCRIPTS.keys()
 
 
@@ -115,7 +124,28 @@ def test_it_is_the_tree_that_it_describes(name, tmp_path):
 def _within(given: Any, whole: Any) -> bool:
     if isinstance(given, dict):
         return all(_within(value, whole[key]) for key, value in given.items())
+    if isinstance(given, list) and isinstance(whole, list):
+        return len(given) == len(whole) and all(_within(a, b) for a, b in zip(given, whole, strict=True))
     return bool(given == whole)
+
+
+def reduced(config: Any) -> Any:
+    """A large configuration that steps in a second on one core: see SMALL."""
+    config = config.replace(batch_size=SMALL["samples"], validation_samples=2)
+    if "prior" in type(config).model_fields:
+        prior = config.prior
+        changes = {"width": SMALL["width"], "depth": SMALL["depth"], "heads": 8}
+        if "attention" in type(prior).model_fields:
+            changes["attention"] = min(prior.attention, 1)
+        return config.replace(prior=prior.replace(**changes))
+    net = config.tokenizer.net
+    ones = (1,) * len(net.widths)
+    tokenizer = config.tokenizer.replace(net=net.replace(widths=tuple(8 * n for n in ones), blocks=ones, encoder_blocks=ones))
+    if "ladder" in type(tokenizer).model_fields:
+        tokenizer = tokenizer.replace(ladder=tuple(grid.replace(width=8, blocks=1) for grid in tokenizer.ladder))
+    else:
+        tokenizer = tokenizer.replace(quantizer=tokenizer.quantizer.replace(codes=SMALL["codes"]))
+    return config.replace(tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -125,21 +155,36 @@ def test_it_builds_and_takes_two_steps(name, tmp_path):
     script = importlib.import_module(SCRIPTS[kind_of(name)])
     if kind_of(name) == "tokenizer":
         config = load(name, run)
-        config = config.replace(data=tiny_data(config.data, made), init_samples=16, log=config.log.replace(**LOG), **REDUCED)
+        config = config.replace(data=tiny_data(smaller(config.data), made), init_samples=16, log=config.log.replace(**LOG), **REDUCED)
     else:
-        config = load(name, run, "--codes", str(tiny_codes(tokenizer_of(name), made)))
+        config = load(name, run, "--codes", str(tiny_codes(table.tokenizer_of(name), made)))
         config = config.replace(log=config.log.replace(**LOG), **REDUCED)
+    if name in table.large():
+        config = reduced(config)
     script.train(config, Flags(max_steps=2, allow_low_space=True))
     lines = (run / "metrics.jsonl").read_text().splitlines()
     assert len(lines) >= 2 and (run / "model/config.json").is_file()
 
 
+LEVELS = {
+    "fashion/vqvae": [(512, (7, 7))],
+    "fashion_mnist/vqvae": [(512, (7, 7))],
+    "fashion_mnist/rqvae": [(512, (7, 7))] * 4,
+    "fashion_mnist/product": [(256, (7, 7))] * 4,
+    "fashion_mnist/fsq": [(512, (7, 7))],
+    "fashion_mnist/lfq": [(512, (7, 7))],
+    "fashion_mnist/vqvae2": [(512, (7, 7)), (512, (14, 14))],
+    "fashion_mnist/vqvae2_unconditioned": [(512, (7, 7)), (512, (14, 14))],
+    "fashion_mnist/three_levels": [(512, (7, 7)), (512, (14, 14)), (16, (28, 28))],
+}
+
+
 def test_the_geometries_are_those_that_the_names_promise(tmp_path):
-    """28x28 -> 7x7 codes of 512 for both sets of Fashion-MNIST."""
     for name in NAMES:
-        if kind_of(name) == "tokenizer" and name.startswith("fashion"):
+        if name in LEVELS:
             config = load(name, tmp_path / "run")
             from stage1_tokenizer.tokenizers.base import TOKENIZERS
 
             module: Any = build_on_meta(TOKENIZERS.get(config.tokenizer.type_name), config.tokenizer, SignalSpec("image", 1, (28, 28)))
-            assert [(level.vocab, level.shape) for level in module.level_specs()] == [(512, (7, 7))]
+            assert [(level.vocab, level.shape) for level in module.level_specs()] == LEVELS[name]
+    assert set(NAMES) >= LEVELS.keys()

@@ -55,17 +55,24 @@ def test_the_held_out_list_has_the_validation_images_and_no_train_image(source: 
 
 
 def test_the_files_are_small_and_carry_the_licence() -> None:
-    assert sum(p.stat().st_size for p in FOLDER.iterdir() if p.is_file()) <= 7_000_000
+    sizes = {p.name: p.stat().st_size for p in FOLDER.iterdir() if p.is_file()}
+    assert sum(size for name, size in sizes.items() if "emoji" in name) <= 4_500_000
+    assert sum(size for name, size in sizes.items() if "emoji" not in name) <= 7_000_000
     licence = (FOLDER / "LICENSE-fashion-mnist").read_text()
     assert "MIT" in licence and "Zalando" in licence and "WITHOUT WARRANTY" in licence
+    licence = (FOLDER / "LICENSE-emoji").read_text()
+    assert "Google" in licence and "Apache License" in licence and "END OF TERMS AND CONDITIONS" in licence and "Cal Henderson" in licence
 
 
-@pytest.mark.parametrize("field", ["sheet_sha256", "table_sha256"])
-def test_a_damaged_file_is_refused_by_name(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = BUNDLED["fashion"]
-    monkeypatch.setitem(bundled.BUNDLED, "fashion", dataclasses.replace(facts, **{field: "0" * 64}))
-    with pytest.raises(DataError, match=rf"bundled/fashion\.{'png' if 'sheet' in field else 'npy'}: sha256 .* damaged"):
-        BundledSource(BundledConfig())
+PINNED = [("fashion", "sheet", "png"), ("fashion", "table", "npy")]
+PINNED += [("emoji", "sheet", "webp"), ("emoji", "table", "npy"), ("emoji", "texts", "tsv")]
+
+
+@pytest.mark.parametrize(("name", "field", "suffix"), PINNED)
+def test_a_damaged_file_is_refused_by_name(name: str, field: str, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bundled.BUNDLED, name, dataclasses.replace(BUNDLED[name], **{f"{field}_sha256": "0" * 64}))
+    with pytest.raises(DataError, match=rf"bundled/{name}\.{suffix}: sha256 .* damaged"):
+        BundledSource(BundledConfig(name=name))
 
 
 @pytest.mark.slow
@@ -97,6 +104,69 @@ def test_images_are_the_originals_and_the_full_set_holds_5000_out(source: Bundle
     there = torch.tensor([place[o] for o in mine.origin[rows].tolist()])
     for key in ("x", "label"):
         assert torch.equal(mine.batch(rows)[key], train.batch(there)[key])
+
+
+# The glyphs --------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def emoji() -> BundledSource:
+    return BundledSource(BundledConfig(name="emoji"))
+
+
+def test_emoji_are_1911_colour_glyphs_with_classes_and_captions(emoji: BundledSource) -> None:
+    assert emoji.signal == SignalSpec("image", 3, (64, 64)) and len(emoji.classes) == 10
+    assert {name: len(emoji.split(name)) for name in emoji.splits} == {"train": 1562, "validation": 182, "test": 167}
+    found = {}
+    for name in emoji.splits:
+        split = emoji.split(name)
+        assert split.captions is not None and split.labels is not None and len(split.captions) == len(split)
+        found |= {split.captions[i]: emoji.classes[int(split.labels[i])] for i in range(len(split))}
+    assert found["grinning face"] == "Smileys & Emotion" and found["hot beverage"] == "Food & Drink"
+    origins = torch.cat([emoji.split(name).origin for name in emoji.splits])
+    assert origins.sort().values.equal(torch.arange(1911)), "each glyph stands in one split"
+
+
+def test_every_tile_is_a_glyph_on_white_without_a_frame(emoji: BundledSource) -> None:
+    """Nine in ten of the pixels at the border are white, every tile holds something, and none past the last one is taken."""
+    for name in emoji.splits:
+        x = emoji.split(name).batch(torch.arange(len(emoji.split(name))))["x"]
+        border = torch.cat([x[..., 0, :], x[..., -1, :], x[..., 0], x[..., -1]], -1)
+        assert (border == 1).float().mean() > 0.9 and bool((x.flatten(1).amin(1) < 0.9).all())
+
+
+def test_emoji_at_32_px_are_what_pil_makes_of_them_by_lanczos(emoji: BundledSource) -> None:
+    from PIL import Image
+
+    small = BundledSource(BundledConfig(name="emoji", transform=TransformConfig(size=32))).split("test")
+    whole = emoji.split("test")
+    rows = torch.arange(0, 167, 23)
+    pixels = ((whole.batch(rows)["x"] + 1) * 127.5).round().to(torch.uint8).numpy()
+    expected = [np.asarray(Image.fromarray(p.transpose(1, 2, 0)).resize((32, 32), Image.Resampling.LANCZOS)) for p in pixels]
+    found = ((small.batch(rows)["x"] + 1) * 127.5).round().to(torch.uint8).numpy()
+    assert np.array_equal(found, np.stack(expected).transpose(0, 3, 1, 2))
+    assert small.captions == whole.captions
+
+
+def test_the_script_packs_glyphs_without_loss_in_order_of_their_split(tmp_path: Path) -> None:
+    """On 50 glyphs of its own, so that the sheet has two rows and a last one that is not full."""
+    draw = np.random.default_rng(0)
+    names = np.array([f"glyph {i}" for i in range(50)])
+    glyphs = {
+        "rgb": draw.integers(0, 256, (50, 64, 64, 3), dtype=np.uint8),
+        "split": np.array(["train", "test", "validation", "train", "train"] * 10),
+        "category": np.array(["Flags", "Symbols"] * 25),
+        "caption": names,
+        "short_name": names,
+        "subcategory": names,
+    }
+    np.savez(tmp_path / "glyphs.npz", **glyphs)
+    environment = os.environ | {"PYTHONPATH": str(FOLDER.parents[2])}
+    script = [sys.executable, str(FOLDER / "make_emoji.py"), "--glyphs", str(tmp_path / "glyphs.npz"), "--out", str(tmp_path)]
+    subprocess.run(script, check=True, env=environment, capture_output=True)
+    order = [i for name in ("train", "validation", "test") for i in range(50) if glyphs["split"][i] == name]
+    tiles = bundled.tiles_of(_picture(tmp_path / "emoji.webp"), (64, 64))
+    assert len(tiles) == 88 and np.array_equal(tiles[:50], glyphs["rgb"][order].transpose(0, 3, 1, 2))
+    assert np.load(tmp_path / "emoji.npy").tolist() == [[9 if i % 2 == 0 else 8, i] for i in order]
+    assert (tmp_path / "emoji.tsv").read_text().splitlines()[1:] == ["\t".join([f"glyph {i}"] * 3) for i in order]
 
 
 # What every source shares ------------------------------------------------------------------------------------------

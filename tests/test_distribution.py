@@ -65,9 +65,11 @@ def test_the_wheel_holds_exactly_the_packages_the_configurations_and_the_data(wh
         "RECORD",
         "licenses/LICENSE",
         "licenses/stage1_tokenizer/data/bundled/LICENSE-fashion-mnist",
+        "licenses/stage1_tokenizer/data/bundled/LICENSE-emoji",
     }
     kinds = {Path(name).suffix or Path(name).name for name in names - about}
-    allowed = {".py", ".typed", ".yaml", ".md", ".json", ".safetensors", ".png", ".npy", "LICENSE-fashion-mnist"}
+    allowed = {".py", ".typed", ".yaml", ".md", ".json", ".safetensors", ".png", ".npy", ".webp", ".tsv"}
+    allowed |= {"LICENSE-fashion-mnist", "LICENSE-emoji"}
     assert kinds <= allowed, kinds - allowed
     assert "License-Expression: Apache-2.0" in metadata and "Requires-Python: >=3.11" in metadata
 
@@ -75,9 +77,9 @@ def test_the_wheel_holds_exactly_the_packages_the_configurations_and_the_data(wh
 def test_the_wheel_is_small(wheel):
     with zipfile.ZipFile(wheel) as archive:
         sizes = {item.filename: item.file_size for item in archive.infolist()}
-    assert sum(size for name, size in sizes.items() if name.startswith("stage1_tokenizer/data/bundled/")) <= 7_000_000
+    assert sum(size for name, size in sizes.items() if name.startswith("stage1_tokenizer/data/bundled/")) <= 11_500_000
     assert sum(size for name, size in sizes.items() if name.startswith("pipelines/bundled/")) <= 6_000_000
-    assert wheel.stat().st_size <= 15_000_000
+    assert wheel.stat().st_size <= 20_000_000
 
 
 IMPORTS = """

@@ -88,6 +88,19 @@ def test_unlabelled_data_are_dumped_without_labels(tmp_path: Path) -> None:
     assert manifest.spec.classes == () and CodesDataset(tmp_path / "codes", "train").label is None
 
 
+def test_captions_reach_the_codes_for_every_row_and_view(tmp_path: Path) -> None:
+    source = Memory(train=11, flip=True)
+    for name in source.splits:
+        split = source.split(name)
+        split.captions = tuple(f"{name} {i}" for i in range(len(split)))
+    dump_codes(tokenizer(), source, tmp_path / "codes", shard_rows=4, views=2)
+    train = CodesDataset(tmp_path / "codes", "train")
+    assert train.caption == [f"train {i}" for i in train.index.tolist()] and len(train) == 22
+    assert CodesDataset(tmp_path / "codes", "validation").caption == [f"validation {i}" for i in range(6)]
+    dump_codes(tokenizer(), Memory(), tmp_path / "plain")
+    assert CodesDataset(tmp_path / "plain", "train").caption is None
+
+
 def test_augmented_views_follow_the_samples_themselves(tmp_path: Path) -> None:
     model, source = tokenizer(), Memory(shift=2, flip=True)
     dump_codes(model, source, tmp_path / "codes", views=3, seed=5, shard_rows=8)

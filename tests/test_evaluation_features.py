@@ -7,7 +7,7 @@ import torch
 
 from intarsia.cli import UserError
 from intarsia.specs import SignalSpec
-from pipelines.evaluation import features
+from pipelines.evaluation import features, train_features
 from pipelines.evaluation.features import BUNDLED, CLASSIFIERS, Classifier, ClassifierSpec, ConvClassifierConfig, adapt, load_features
 from pipelines.evaluation.train_features import TrainFeaturesConfig, accuracy, train
 from stage1_tokenizer.data.arrays import ArraySplit
@@ -119,3 +119,17 @@ def test_training_learns_and_the_same_command_gives_the_same_weights():
 def test_unlabelled_data_train_no_feature_model():
     with pytest.raises(UserError, match="labels of at least 2 classes"):
         train(TrainFeaturesConfig(out="x", steps=2), Stripes(labelled=False))
+
+
+def test_any_labelled_source_trains_one_and_figures_are_called_after_it(tmp_path, monkeypatch):
+    """64 px in colour, with a class that has five images, by the ordinary flags."""
+    words = ["--data.name", "emoji", "--data.transform.shift", "3", "--name", "emoji-cnn", "--out", str(tmp_path / "emoji")]
+    words += ["--classifier.widths", "[2, 2, 2, 4]", "--classifier.features", "5", "--steps", "3", "--batch_size", "8"]
+    monkeypatch.setattr("sys.argv", ["train_features", *words])
+    train_features.main()
+    source = SOURCES.build(BundledConfig(name="emoji"))
+    model = load_features(str(tmp_path / "emoji"), source.signal)
+    assert model.name == f"emoji-cnn {model.sha256[:8]}" and model.classes == source.classes
+    x = unit(source.split("validation").batch(torch.arange(3))["x"])
+    assert x.shape == (3, 3, 64, 64) and model(x)[0].shape == (3, 5)
+    assert load_features(str(tmp_path / "emoji"), FASHION).name.endswith(", images of 1x28x28 adapted to 3x64x64")

@@ -26,12 +26,7 @@ from stage1_tokenizer.data.transform import TransformConfig
 from stage1_tokenizer.metrics import psnr, unit
 from tests import tiny_pipelines as tiny
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _ladder():
-    tiny.register_ladder()
-    yield
-    tiny.unregister_ladder()
+ladders = tiny.ladders  # a fixture
 
 
 def blobs(n, seed, classes=4):
@@ -45,9 +40,11 @@ def blobs(n, seed, classes=4):
 class Blobs(Source):
     type_name = "blobs"
 
-    def __init__(self, train=120, validation=40, labelled=True, classes=tiny.CLASSES):
+    def __init__(self, train=120, validation=40, labelled=True, classes=tiny.CLASSES, labels=None):
         super().__init__(BundledConfig())
         made = {"train": blobs(train, 0), "validation": blobs(validation, 1)}
+        if labels is not None:
+            made["train"] = (made["train"][0][: len(labels)], torch.tensor(labels))
         splits = {
             name: ArraySplit(x.numpy(), labels if labelled else None, TransformConfig(), torch.arange(len(x)))
             for name, (x, labels) in made.items()
@@ -68,7 +65,7 @@ def config(**changes):
 
 
 @pytest.fixture(scope="module")
-def evaluated(_ladder):
+def evaluated(ladders):
     pipeline, source = tiny.pipeline("gpt", micro_batch=16), Blobs()
     return pipeline, source, evaluate_pipeline(pipeline, source, feature_model(), config())
 

@@ -24,6 +24,10 @@ CASES = [
     Case("gpt", ((2, (1, 1)), (3, (2, 2))), levels="1:2", classes=2),
     Case("gpt", ((3, (4,)),), classes=2),
     Case("gpt", ((3, (1, 2, 2)),)),
+    Case("gpt", ((3, (4,)),), classes=2, config={"positions": "rotary", "label": "prefix", "trunk": "llama"}),
+    Case("gpt", (((2, 3), (1, 3)),), classes=2, config={"head": "factorised"}),
+    Case("rq", ((2, (1, 2)), (3, (1, 2)), (2, (1, 2))), classes=2),
+    Case("rq", ((2, (2,)), ((2, 2), (2,)), ((3, 2), (2,))), levels="1:3", config={"head": "factorised"}),
     Case("pixelcnn", ((3, (2, 2)),)),
     Case("pixelcnn", ((3, (2, 2)),), classes=2),
     Case("pixelcnn", ((2, (1, 1)), (3, (2, 2))), levels="1:2", classes=2),
@@ -65,9 +69,15 @@ def drawn_from(prior: AutoregressivePrior, upper: Sequence[Tensor], label: int |
     logits = prior.logits(codes, None if label is None else Cond(label=torch.full((n,), label)))
     if options.guided:
         logits = [guide(a, b, options.guidance_at(0)) for a, b in zip(logits, prior.logits(codes), strict=True)]
-    each = [filtered(scores.double().flatten(0, 1), options).log_softmax(-1).view(scores.shape) for scores in logits]
-    chosen = [log_p.gather(2, grid.flatten(1)[:, :, None])[..., 0] for log_p, grid in zip(each, own, strict=True)]
-    return own, prior.layout.join(chosen).sum(1).exp().detach()
+    total = torch.zeros(n, dtype=torch.float64)
+    for scores, grid, sizes in zip(logits, own, prior.digits, strict=True):
+        weight = 1
+        for part, size in zip(scores.double().split(sizes, 2), sizes, strict=True):  # a code is one digit, or several, the lowest first
+            log_p = filtered(part.flatten(0, 1), options).log_softmax(-1).view(part.shape)
+            digit = grid.flatten(1) // weight % size
+            total += log_p.gather(2, digit[:, :, None])[..., 0].sum(1)
+            weight *= size
+    return own, total.exp().detach()
 
 
 @every_case

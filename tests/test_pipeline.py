@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,24 +15,9 @@ from intarsia.specs import Cond, SignalSpec
 from pipelines import TwoStagePipeline
 from tests import tiny_pipelines as tiny
 
-KINDS = ("gpt", "pixelcnn", "ladder")
+ladders, gpt, ladder = tiny.ladders, tiny.gpt, tiny.ladder  # fixtures
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _ladder() -> Iterator[None]:
-    tiny.register_ladder()
-    yield
-    tiny.unregister_ladder()
-
-
-@pytest.fixture(scope="module")
-def gpt(_ladder: None) -> TwoStagePipeline:
-    return tiny.pipeline("gpt", micro_batch=8)
-
-
-@pytest.fixture(scope="module")
-def ladder(_ladder: None) -> TwoStagePipeline:
-    return tiny.pipeline("ladder", micro_batch=8)
+KINDS = ("gpt", "pixelcnn", "maskgit", "ladder", "top pixelcnn", "joint", "joint parallel", "three")
 
 
 def streamed(pipeline: TwoStagePipeline, n: int, **arguments: Any) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,22 +13,7 @@ from intarsia.specs import CodesSpec, LevelSpec
 from pipelines import TwoStagePipeline
 from tests import tiny_pipelines as tiny
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _ladder() -> Iterator[None]:
-    tiny.register_ladder()
-    yield
-    tiny.unregister_ladder()
-
-
-@pytest.fixture(scope="module")
-def gpt(_ladder: None) -> TwoStagePipeline:
-    return tiny.pipeline("gpt", micro_batch=8)
-
-
-@pytest.fixture(scope="module")
-def ladder(_ladder: None) -> TwoStagePipeline:
-    return tiny.pipeline("ladder", micro_batch=8)
+ladders, gpt, ladder = tiny.ladders, tiny.gpt, tiny.ladder  # fixtures
 
 
 # D6: parts that do not fit are refused at construction ---------------------------------------------------------------
@@ -129,7 +113,7 @@ def test_bad_settings_are_refused_at_construction() -> None:
             tiny.pipeline("gpt", micro_batch=size)
     with pytest.raises(ValueError, match="^temperature: -1"):
         tiny.pipeline("gpt", defaults={"temperature": -1})
-    with pytest.raises(ValueError, match="^heat: a gpt prior has no such sampling option; it has temperature"):
+    with pytest.raises(ValueError, match="^heat: no prior of this pipeline has such a sampling option; the gpt prior of codes has temp"):
         tiny.pipeline("gpt", defaults={"heat": 1})
 
 
@@ -137,8 +121,15 @@ def test_bad_settings_are_refused_at_construction() -> None:
 @pytest.mark.parametrize(
     "label",
     [
-        2, "Shirt", "shirt", [2] * 5, ("Shirt", 2, "shirt", 2, 2), torch.tensor(2), torch.full((5,), 2, dtype=torch.int32),
-        np.full(5, 2), np.int64(2),
+        2,
+        "Shirt",
+        "shirt",
+        [2] * 5,
+        ("Shirt", 2, "shirt", 2, 2),
+        torch.tensor(2),
+        torch.full((5,), 2, dtype=torch.int32),
+        np.full(5, 2),
+        np.int64(2),
     ],
     ids=repr,
 )

@@ -14,25 +14,20 @@ from PIL import Image
 
 import pipelines.two_stage
 from intarsia.hub_files import HubError
-from pipelines import TwoStagePipeline, load_prior, load_tokenizer
+from pipelines import TwoStagePipeline, assemble, load_prior, load_tokenizer
 from stage2_prior.priors.base import Prior
 from tests import tiny_pipelines as tiny
 from tests.hub_server import HubServer
+
+ladders = tiny.ladders  # a fixture
 
 FILES = ["README.md", "pipeline.json"] + [
     f"{part}/{name}" for part in ("priors/0", "priors/1", "tokenizer") for name in ("README.md", "config.json", "model.safetensors")
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _ladder() -> Iterator[None]:
-    tiny.register_ladder()
-    yield
-    tiny.unregister_ladder()
-
-
 @pytest.fixture(scope="module")
-def ladder(_ladder: None) -> TwoStagePipeline:
+def ladder(ladders: None) -> TwoStagePipeline:
     return tiny.pipeline("ladder", micro_batch=8, defaults={"temperature": 0.9, "top_k": 4})
 
 
@@ -209,6 +204,28 @@ def test_the_bundled_pipeline_lies_in_the_package_or_is_clearly_absent(monkeypat
         TwoStagePipeline.bundled()
     saved.rename(saved.parent / "bundled")
     assert same(TwoStagePipeline.bundled(), ladder)
+
+
+def test_assembling_keeps_the_sampling_options_that_it_is_given(ladder: TwoStagePipeline, tmp_path: Path) -> None:
+    for name, part in zip(("tok", "top", "bottom"), (ladder.tokenizer, *ladder.priors), strict=True):
+        part.save_pretrained(tmp_path / name)
+    words = [
+        "--tokenizer",
+        str(tmp_path / "tok"),
+        "--priors",
+        f"{tmp_path / 'top'}, {tmp_path / 'bottom'}",
+        "--out",
+        str(tmp_path / "made"),
+    ]
+    words += ["--temperature.top", "0.5", "--min_p", "0.1", "--guidance.start", "1", "--guidance.stop", "3"]
+    assemble.main(words)
+    options = {"temperature": {"top": 0.5}, "min_p": 0.1, "guidance": {"start": 1, "stop": 3}}
+    loaded = TwoStagePipeline.from_pretrained(tmp_path / "made")
+    assert loaded.defaults == options
+    plain = TwoStagePipeline(ladder.tokenizer, ladder.priors, micro_batch=32)
+    assert torch.equal(loaded.sample(8, seed=0, label=1), plain.sample(8, seed=0, label=1, **options))
+    with pytest.raises(ValueError, match="temperature.middle: unknown level"):
+        assemble.main([*words, "--temperature.middle", "1"])
 
 
 # The Hub ---------------------------------------------------------------------------------------------------------------

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from intarsia.specs import LevelSpec
+from intarsia.config import ConfigError
+from intarsia.specs import Cond, LevelSpec
 from stage2_prior.context import UpperCodes
 from stage2_prior.layout import Layout, nearest_cells
+from stage2_prior.packed import packed
 from stage2_prior.priors.autoregressive import AutoregressivePrior
+from stage2_prior.priors.gpt import GPTPrior, GPTState
 from tests.tiny_priors import Case
 
 
@@ -95,3 +100,71 @@ def test_the_schedule_counts_levels_as_the_codes_do() -> None:
     prior = Case("gpt", ((6, (2, 2)), (5, (2, 2)), (4, (2, 2))), levels="1:3", config={"order": "position"}).build()
     assert isinstance(prior, AutoregressivePrior)
     assert prior.schedule == tuple((level, position) for position in range(4) for level in (1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_sampling_runs_on_packed_weights_and_one_cache_made_beforehand(dtype: torch.dtype) -> None:
+    case = Case("gpt", ((5, (3, 4)),), classes=3)
+    prior = case.build().to(dtype)
+    assert isinstance(prior, GPTPrior)
+    state, previous = prior.begin(2, cond=case.cond(2)), None
+    assert isinstance(state, GPTState)
+    cache = state.cache
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert cache.keys.dtype == cache.values.dtype == wide and cache.keys.shape == (2, 2, 2, 12, 8)
+    layer = torch.nn.Linear(8, 8).to(dtype)
+    packs = packed(layer) is not layer  # where the processor gains from it
+    block = prior.trunk.stack[0]
+    layers = (block.attention.qkv, block.attention.out, block.feed_forward.gate_up, block.feed_forward.down)
+    assert all((used is not layer) == packs for used, layer in zip(cache.projections[0], layers, strict=True))
+    where = cache.keys.data_ptr(), cache.values.data_ptr()
+    for i in range(12):
+        logits, state = prior.step(state, previous)
+        assert isinstance(state, GPTState) and logits.dtype == dtype and cache.length == i + 1
+        previous = logits.argmax(1)
+    assert state.cache is cache and (cache.keys.data_ptr(), cache.values.data_ptr()) == where
+
+
+def test_float32_and_bf16_weights_are_packed_here_where_onednn_has_kernels() -> None:
+    """So that the test above says something on the machines that this runs on."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch was built without oneDNN")
+    with torch.no_grad():
+        layer = torch.nn.Linear(8, 8)
+        assert packed(layer) is not layer
+
+
+@torch.no_grad()
+def test_bf16_weights_draw_from_nearly_the_same_distribution() -> None:
+    case = Case("gpt", ((5, (3, 4)),), classes=3)
+    prior, narrow = case.build(noise=0.1), case.build(noise=0.1).to(torch.bfloat16)
+    drawn = narrow.sample(torch.arange(400), cond=case.cond(400))
+    a, b = (model.nll(drawn, case.cond(400)).double().mean() / math.log(2) for model in (prior, narrow))
+    assert abs(a - b) < 0.02
+    ours = prior.nll(prior.sample(torch.arange(400), cond=case.cond(400)), case.cond(400)).double().mean() / math.log(2)
+    assert abs(a - ours) < 0.1  # as probable under the float32 weights as their own samples
+
+
+@torch.no_grad()
+def test_a_label_prefix_takes_the_place_of_the_begin_and_reaches_the_rest_through_attention_alone() -> None:
+    config = {"label": "prefix"}
+    prior = Case("gpt", ((5, (6,)),), classes=3, config=config).build()
+    assert isinstance(prior, GPTPrior) and prior.first is None and prior.first_label is None
+    context = prior._context([], torch.tensor([0, 1]))
+    assert context.aligned.shape[0] == 1  # no place is told the label
+    assert not torch.equal(*prior._first(context))
+    codes = torch.zeros(2, 6, dtype=torch.int64)
+    a, b = prior.logits([codes], Cond(label=torch.tensor([0, 1])))[0]
+    assert ((a - b).abs().amax(1) > 1e-3).all()
+    for block in prior.trunk.stack:
+        block.attention.out.weight.zero_()
+    a, b = prior.logits([codes], Cond(label=torch.tensor([0, 1])))[0]
+    assert (a[0] - b[0]).abs().max() > 1e-3 and torch.equal(a[1:], b[1:])
+    assert Case("gpt", ((5, (6,)),), config=config).build().first is not None  # a prior without labels has a begin
+
+
+@pytest.mark.parametrize(("field", "value"), [("trunk", "gpt2"), ("label", "suffix"), ("head", "digits"), ("positions", "sinusoidal")])
+def test_unknown_settings_are_refused_with_those_there_are(field: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field}: .*'{value}'"):
+        Case("gpt", ((5, (6,)),), config={field: value}).build()

@@ -139,6 +139,17 @@ def test_a_draw_does_not_depend_on_the_batch_or_its_order():
                 assert torch.equal(make(StepRng(7, 11, index[rows])), full[rows])
 
 
+def test_parts_have_draws_of_their_own():
+    rng = StepRng(7, 3, torch.arange(N // 10))
+    subs = {"0": rng.sub(0), "1": rng.sub(1), "top": rng.sub("top"), "0 of 0": rng.sub(0).sub(0), "1 of 0": rng.sub(0).sub(1), "itself": rng}
+    drawn = torch.stack([sub.uniform("a", 10).flatten() for sub in subs.values()])
+    assert (torch.corrcoef(drawn) - torch.eye(len(subs))).abs().max() < 5 / math.sqrt(N)
+    for row in drawn:
+        assert stats.kstest(row.numpy(), "uniform").pvalue > 1e-4
+    assert rng.sub(0) == StepRng(7, 3, rng.index).sub(0) and rng.sub(0).step == 3 and rng.sub(0).index is rng.index
+    assert StepRng(8, 3, rng.index).sub(0).seed != rng.sub(0).seed >= 0
+
+
 def test_shapes_follow_the_arguments():
     rng = StepRng(0, 0, torch.arange(4))
     assert rng.uniform("a").shape == (4,) and rng.uniform("a", 0).shape == (4, 0) and rng.gumbel("a", 2, 3).shape == (4, 2, 3)

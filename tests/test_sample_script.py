@@ -60,24 +60,25 @@ def test_an_npz_holds_bytes_labels_and_indices(folder: Path, pipeline: TwoStageP
 def test_a_folder_holds_a_picture_per_sample_and_what_they_are(folder: Path, pipeline: TwoStagePipeline) -> None:
     sample.main(["--pipeline", str(folder), "--n", "4", "--first", "3", "--label", "all", "--temperature", "0.5", "--out", "set"])
     facts = json.loads(Path("set/samples.json").read_text())
-    assert sorted(p.name for p in Path("set").iterdir()) == [f"{i:06d}.png" for i in (3, 4, 5, 6)] + ["samples.json"]
-    assert facts["label"] == [0, 1, 2, 3] and facts["temperature"] == 0.5 and facts["classes"] == list(tiny.CLASSES)
+    assert sorted(p.name for p in Path("set").iterdir()) == [f"{i:06d}.png" for i in (3, 4, 5, 6)] + ["plan.json", "samples.json"]
+    assert facts["label"] == [0, 1, 2, 3] and facts["sampling"] == [{"temperature": {"codes": 0.5}}]
+    assert facts["classes"] == list(tiny.CLASSES) and facts["priors"] == [pipeline.priors[0].weights_sha256]
     rows = torch.stack([x for _, x in pipeline.stream(4, first=3, label=[0, 1, 2, 3], temperature=0.5, seed=facts["seed"])])
     assert np.array_equal(np.stack([pixels(f"set/{i:06d}.png") for i in (3, 4, 5, 6)]), to_uint8(rows)[..., 0])
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("", None), ("2", [2] * 5), ("shirt", [2] * 5), ("all", [0, 1, 2, 3, 0]), ("bag, 3", [1, 3, 1, 3, 1])],
+    [("", None), ("2", [2]), ("shirt", [2]), ("all", [0, 1, 2, 3]), ("bag, 3", [1, 3])],
 )
 def test_labels_are_dealt_in_turn(text: str, expected: list[int] | None) -> None:
-    assert sample.labels_of(text, tiny.CLASSES, 5) == expected
+    assert sample.turns(text, tiny.CLASSES) == expected
 
 
 def test_a_class_name_comes_before_an_index_a_list_or_all() -> None:
-    assert sample.labels_of("7", ("3", "7", "a,b", "all"), 1) == [1]
-    assert sample.labels_of("a,b", ("3", "7", "a,b", "all"), 1) == [2]
-    assert sample.labels_of("all", ("3", "7", "a,b", "all"), 1) == [3]
+    assert sample.turns("7", ("3", "7", "a,b", "all")) == [1]
+    assert sample.turns("a,b", ("3", "7", "a,b", "all")) == [2]
+    assert sample.turns("all", ("3", "7", "a,b", "all")) == [3]
 
 
 def test_without_a_pipeline_the_bundled_one_is_asked_for(monkeypatch: Any, pipeline: TwoStagePipeline) -> None:
@@ -107,12 +108,18 @@ def files(folder: Path) -> None:
         (["--temperature", "-1"], "temperature: -1"),
         (["--top_k", "17"], "top_k: 17; expected at most the vocabulary, 16"),
         (["--top_p", "0"], "top_p: 0"),
+        (["--temperature.top", "0.5"], "temperature.top: unknown level; the levels are codes"),
+        (["--steps", "3"], "steps: no prior of this pipeline has such a sampling option; the gpt prior of codes has temperature"),
+        (["--temperature", "warm"], "sampling.temperature: expected a number, or a mapping from names of levels to such; got 'warm'"),
         (["--seed", "-1"], "seed: "),
         (["--label", "sho"], "label: unknown class 'sho'; did you mean 'shoe'?"),
         (["--label", "bag,9"], "label: 9 is out of range; expected 0 to 3"),
         (["--label", "-1"], "label: -1 is out of range"),
         (["--out", "x.jpg"], "out: 'x.jpg' ends with '.jpg'; expected .png, .npz, or a folder (x.jpg/)"),
-        (["--out", "full"], "out: full is a folder that holds files already; expected a new or empty folder"),
+        (
+            ["--out", "full"],
+            "out: full is a folder that holds files already; expected a new or empty folder, or one of interrupted",
+        ),
         (["--out", "file"], "out: file is a file; expected a new or empty folder"),
         (["--out", "dir.png"], "out: dir.png is a folder"),
         (["--out", "file/x.png"], "is a file; file/x.png cannot be written"),
@@ -142,10 +149,11 @@ def test_a_folder_that_cannot_be_written_is_named(folder: Path, monkeypatch: Any
         sample.main(["--pipeline", str(folder), "--out", "locked/x.png"])
 
 
-def test_several_processes_are_refused(folder: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("out", ["grid.png", "part.npz"])
+def test_several_processes_need_a_folder(folder: Path, monkeypatch: Any, out: str) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(sample.UserError, match="WORLD_SIZE: 2 processes; pipelines.sample runs as one"):
-        sample.main(["--pipeline", str(folder)])
+    with pytest.raises(sample.UserError, match=f"out: {out} is one file, which 2 processes cannot write together; give a folder"):
+        sample.main(["--pipeline", str(folder), "--out", out])
 
 
 HEAVY = "transformers datasets wandb matplotlib torchvision accelerate sklearn scipy"

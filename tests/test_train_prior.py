@@ -18,6 +18,7 @@ from intarsia.checkpoint import load_checkpoint, newest_valid
 from intarsia.cli import Flags
 from intarsia.codes import CodesDataset, CodesError, write_codes
 from intarsia.config import ConfigError
+from intarsia.rng import StepRng
 from intarsia.specs import Cond, LevelSpec, SignalSpec
 from stage2_prior import evaluate, train
 from stage2_prior.priors.base import Prior
@@ -83,6 +84,11 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def validation_bits(folder: Path) -> list[float]:
+    """Of each validation; of a bound it is marked as one."""
+    return [value for line in lines_of(folder) for name, value in line.items() if name in ("validation/bits", "validation/bits_bound")]
+
+
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     assert a.keys() == b.keys()
     return max((x.double() - y.double()).abs().max().item() for x, y in zip(a.values(), b.values(), strict=True) if x.numel())
@@ -94,18 +100,20 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
         {"type": "gpt", "levels": "0:1"} | TINY["gpt"],
         {"type": "pixelcnn", "levels": "1:2"} | TINY["pixelcnn"],
         {"type": "gpt", "levels": "", "positions": "rotary"} | TINY["gpt"],
+        {"type": "maskgit", "levels": "0:1"} | TINY["maskgit"],
+        {"type": "maskgit", "levels": "", "positions": "rotary"} | TINY["maskgit"],
     ],
-    ids=["gpt", "pixelcnn-below", "gpt-joint"],
+    ids=["gpt", "pixelcnn-below", "gpt-joint", "maskgit", "maskgit-joint"],
 )
 def test_a_prior_learns_the_structure_of_its_codes_and_is_released(codes: Path, tmp_path: Path, prior: dict[str, Any]) -> None:
     given = config(tmp_path, codes, steps=150).to_dict() | {"prior": prior}
     train.train(train.PriorTrainConfig.from_dict(given), Flags())
-    found = [line["validation/bits"] for line in lines_of(tmp_path) if "validation/bits" in line]
+    found = validation_bits(tmp_path)
     assert found[-1] < 1.3  # one bit of noise per code is all that cannot be known; without the label it would be two
     released = Prior.from_pretrained(tmp_path / "model")
     held = CodesDataset(codes, "validation", released.spec)
     batch = held.batch(torch.arange(len(held)))
-    nll = released.nll(batch["codes"][: released.levels.stop], Cond(label=batch["label"]))
+    nll = released.nll(batch["codes"][: released.levels.stop], Cond(label=batch["label"]), StepRng(0, 0, batch["index"]))
     # The release is the last averaged weights, and validation counted each sample once.
     assert nll.mean().item() / math.log(2) == pytest.approx(found[-1], abs=1e-5)
     labels = torch.arange(64) % 2
@@ -116,7 +124,7 @@ def test_a_prior_learns_the_structure_of_its_codes_and_is_released(codes: Path, 
         assert ((drawn[0] // 2) == labels[:, None, None]).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("kind", ["gpt", "pixelcnn"])
+@pytest.mark.parametrize("kind", ["gpt", "pixelcnn", "maskgit"])
 def test_an_interrupted_run_goes_on_to_the_same_bits(codes: Path, tmp_path: Path, kind: str) -> None:
     noise = {"type": kind, "levels": "0:1", **TINY[kind], "corruption": 0.1, "dropout": 0.1}
     whole, parts = (config(tmp_path / name, codes, steps=60).to_dict() | {"prior": noise} for name in ("whole", "parts"))
@@ -127,7 +135,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(codes: Path, tmp_path: Path
     assert Prior.from_pretrained(tmp_path / "whole/model").weights_sha256 == Prior.from_pretrained(tmp_path / "parts/model").weights_sha256
 
 
-@pytest.mark.parametrize("kind", ["gpt", "pixelcnn"])
+@pytest.mark.parametrize("kind", ["gpt", "pixelcnn", "maskgit"])
 def test_two_processes_train_what_one_trains(codes: Path, tmp_path: Path, ranks: Callable[..., list[Any]], kind: str) -> None:
     """With every kind of noise on, an odd batch and accumulation."""
     noise = {"type": kind, "levels": "0:1", **TINY[kind], "corruption": 0.2, "dropout": 0.2, "cond_dropout": 0.3}
@@ -147,7 +155,7 @@ def test_two_processes_train_what_one_trains(codes: Path, tmp_path: Path, ranks:
     expected = state_of(tmp_path / "one")
     assert distance(expected, state_of(tmp_path / "two")) <= 1e-10
     assert distance(expected, state_of(tmp_path / "parts")) <= 1e-10
-    bits = [[line["validation/bits"] for line in lines_of(tmp_path / name) if "validation/bits" in line] for name in ("one", "two")]
+    bits = [validation_bits(tmp_path / name) for name in ("one", "two")]
     assert len(bits[0]) == 2 and bits[0] == pytest.approx(bits[1], abs=1e-10)
 
 

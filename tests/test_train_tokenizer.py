@@ -19,7 +19,7 @@ from stage1_tokenizer import train as script
 from stage1_tokenizer.data.base import SOURCES
 from stage1_tokenizer.metrics import psnr, unit
 from stage1_tokenizer.tokenizers.base import Tokenizer
-from tests.training import TOKENIZER, Left, ToyConfig, augmented, run_training, tiny
+from tests.training import HIERARCHY, TOKENIZER, Left, ToyConfig, augmented, run_training, tiny
 
 EVERY = {"validate_every": 5, "pictures_every": 5, "checkpoint_every": 5}
 
@@ -140,6 +140,24 @@ def test_training_the_decoder_alone_keeps_codes_and_fingerprint(tmp_path, traine
     assert not any("encoder" in name for name in Left.of(tmp_path).tensors if name.startswith("optimizer/"))
 
 
+def test_the_decoders_of_a_hierarchy_are_trained_alone_and_its_run_resumes_exactly(tmp_path, monkeypatch):
+    run_training(tiny(tmp_path / "first", steps=8, tokenizer=HIERARCHY, optim={"average": 0.9}, log=EVERY))
+    config = tiny(tmp_path / "second", steps=8, tokenizer=HIERARCHY, init=str(tmp_path / "first"), train="decoder")
+    run_training(config)
+    before, after = (Tokenizer.from_pretrained(tmp_path / f / "model") for f in ("first", "second"))
+    assert after.fingerprint == before.fingerprint
+    changed = {name.split(".")[0] for name, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
+    assert changed == {"net", "from_codes", "heads"}
+    whole = left(tiny(tmp_path / "whole", steps=12, tokenizer=HIERARCHY, optim={"average": 0.9}))
+    stop_at(monkeypatch, 7)
+    cut = tiny(tmp_path / "cut", steps=12, tokenizer=HIERARCHY, optim={"average": 0.9})
+    with pytest.raises(SystemExit):
+        run_training(cut)
+    assert left(cut).differences(whole) == []
+    figures = [line for line in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "perplexity/top" in line]
+    assert figures and {"perplexity/bottom", "quantization_error/bottom", "restarts/top"} <= figures[-1].keys()
+
+
 def test_a_fine_tuned_run_resumes_without_its_release(tmp_path, trained):
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -185,6 +203,18 @@ def test_check_looks_at_the_data_and_dry_run_counts_without_making_a_folder(tmp_
     tokenizer = script.on_meta(tiny(run, tokenizer=TOKENIZER), SOURCES.build(ToyConfig()))
     assert all(p.is_meta for p in tokenizer.parameters()) and "parameters" in out and "bytes per checkpoint" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_tells_parts_bits_and_prefixes(tmp_path):
+    lines = list(script.describe(tiny(tmp_path, tokenizer=HIERARCHY), SOURCES.build(ToyConfig())))
+    tokenizer = script.on_meta(tiny(tmp_path, tokenizer=HIERARCHY), SOURCES.build(ToyConfig()))
+    assert lines[0].startswith(f"vqvae2: {sum(p.numel() for p in tokenizer.parameters()):,} parameters: net.encoder ")
+    assert lines[1:4] == [
+        "level top: 12 codes on a grid of 2x2",
+        "level bottom: 12 codes on a grid of 4x4",
+        "codes: 72 bits per sample, 1.120 per number of the signal",
+    ]
+    assert lines[4] == "decode alone: top"
 
 
 def test_the_checkpoint_is_as_large_as_dry_run_says(tmp_path):

@@ -1,9 +1,14 @@
-"""Pipelines small enough to sample hundreds of images in a test: one level with either prior, and two levels."""
+"""Pipelines small enough to sample hundreds of images in a test: one level with any prior, two levels, three levels.
+
+Test modules that use the ladders import ``ladders`` (a fixture of the whole module).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,46 +23,56 @@ from stage1_tokenizer.tokenizers.base import TOKENIZERS, Tokenizer, TokenizerCon
 from stage1_tokenizer.tokenizers.vqvae import VQVAE, VQVAEConfig
 from stage2_prior.priors.base import Prior
 from stage2_prior.priors.gpt import GPTConfig, GPTPrior
+from stage2_prior.priors.maskgit import MaskGITConfig, MaskGITPrior
 from stage2_prior.priors.pixelcnn import PixelCNNConfig, PixelCNNPrior
 
 CLASSES, COUNTS = ("shoe", "bag", "Shirt", "dress"), (10, 20, 30, 0)
 
 
 class LadderConfig(TokenizerConfig):
-    """Two levels of nearest vectors, over patches of 4 x 4 and 2 x 2 pixels."""
+    """Levels of nearest numbers, over patches of 4 x 4, 2 x 2 and single pixels."""
+
+    levels: int = 2
+    """2 or 3."""
 
 
 class Ladder(Tokenizer):
-    """Top codes stand for the means of 4 x 4 pixels, bottom codes for those of 2 x 2 that the top leaves; the top decodes alone."""
+    """Top codes stand for the means of 4 x 4 pixels, lower ones for those of smaller patches that the levels above leave; leading
+    levels decode alone."""
 
     type_name = "ladder"
     config: LadderConfig
     halo = 1
     stride = (4, 4)
+    NAMES, VOCABS, PATCHES, WIDTHS = ("top", "bottom", "finest"), (5, 7, 3), (4, 2, 1), (0.8, 0.3, 0.1)
 
     def __init__(self, config: LadderConfig, signal: SignalSpec) -> None:
         super().__init__(config, signal)
-        self.top, self.bottom = (nn.Parameter(torch.linspace(-width, width, count)) for width, count in ((0.8, 5), (0.3, 7)))
+        for name, vocab, width in list(zip(self.NAMES, self.VOCABS, self.WIDTHS, strict=True))[: config.levels]:
+            self.register_parameter(name, nn.Parameter(torch.linspace(-width, width, vocab)))
 
     def level_specs(self) -> tuple[LevelSpec, ...]:
         height, width = self.signal.shape
-        return (LevelSpec("top", 5, (height // 4, width // 4)), LevelSpec("bottom", 7, (height // 2, width // 2)))
+        specs = [LevelSpec(n, v, (height // f, width // f)) for n, v, f in zip(self.NAMES, self.VOCABS, self.PATCHES, strict=True)]
+        return tuple(specs[: self.config.levels])
 
     def prefixes(self) -> tuple[int, ...]:
-        return (1, 2)
+        return tuple(range(1, self.config.levels + 1))
 
     @property
     def spec(self) -> TokenizerSpec:
         return TokenizerSpec(self.signal, self.level_specs(), self.fingerprint, self.prefixes())
 
     def _encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        top = (F.avg_pool2d(x, 4)[:, 0, ..., None] - self.top).abs().argmin(-1)
-        rest = F.avg_pool2d(x - self._decode((top,), None), 2)[:, 0, ..., None]
-        return top, (rest - self.bottom).abs().argmin(-1)
+        codes: tuple[Tensor, ...] = ()
+        for name, patch in zip(self.NAMES[: self.config.levels], self.PATCHES, strict=False):
+            rest = x - self._decode(codes, None) if codes else x
+            codes += ((F.avg_pool2d(rest, patch)[:, 0, ..., None] - self.get_parameter(name)).abs().argmin(-1),)
+        return codes
 
     def _decode(self, codes: tuple[Tensor, ...], cond: Any) -> Tensor:
-        tables = zip((self.top, self.bottom), codes, (4, 2), strict=False)
-        return torch.stack([table[c].repeat_interleave(f, 1).repeat_interleave(f, 2) for table, c, f in tables]).sum(0)[:, None]
+        layers = zip(self.NAMES, codes, self.PATCHES, strict=False)
+        return torch.stack([self.get_parameter(n)[c].repeat_interleave(f, 1).repeat_interleave(f, 2) for n, c, f in layers]).sum(0)[:, None]
 
 
 def register_ladder() -> None:
@@ -67,6 +82,24 @@ def register_ladder() -> None:
 def unregister_ladder() -> None:
     """So that tests over the whole registry do not meet it."""
     del TOKENIZERS._classes["ladder"], TOKENIZERS._configs["ladder"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def ladders() -> Iterator[None]:
+    """The ladders are registered while the tests of a module run."""
+    register_ladder()
+    yield
+    unregister_ladder()
+
+
+@pytest.fixture(scope="module")
+def gpt(ladders: None) -> TwoStagePipeline:
+    return pipeline("gpt", micro_batch=8)
+
+
+@pytest.fixture(scope="module")
+def ladder(ladders: None) -> TwoStagePipeline:
+    return pipeline("ladder", micro_batch=8)
 
 
 def tokenizer(seed: int = 0) -> VQVAE:
@@ -88,6 +121,8 @@ def prior(kind: str, spec: CodesSpec, levels: str = "", **config: Any) -> Prior:
     made: Prior
     if kind == "gpt":
         made = GPTPrior(GPTConfig(levels=levels, width=16, depth=1, heads=2, **config), spec)
+    elif kind == "maskgit":
+        made = MaskGITPrior(MaskGITConfig(levels=levels, width=16, depth=1, heads=2, **config), spec)
     else:
         made = PixelCNNPrior(PixelCNNConfig(levels=levels, width=8, depth=2, **config), spec)
     with torch.no_grad():
@@ -96,11 +131,22 @@ def prior(kind: str, spec: CodesSpec, levels: str = "", **config: Any) -> Prior:
     return made.eval()
 
 
+STACKS = {
+    "ladder": ("gpt 0:1", "pixelcnn 1:2"),
+    "top pixelcnn": ("pixelcnn 0:1", "maskgit 1:2"),
+    "joint": ("gpt 0:2",),
+    "parallel": ("maskgit 0:1", "maskgit 1:2"),
+    "joint parallel": ("maskgit 0:2",),
+    "three": ("gpt 0:1", "pixelcnn 1:2", "maskgit 2:3"),
+    "three parallel": ("maskgit 0:2", "maskgit 2:3"),
+}
+
+
 def pipeline(kind: str = "gpt", labelled: bool = True, **settings: Any) -> TwoStagePipeline:
-    """ "gpt", "pixelcnn" or "ladder" (two levels, GPT over PixelCNN; needs ``register_ladder``)."""
-    if kind == "ladder":
-        tok: Tokenizer = Ladder(LadderConfig(), SignalSpec("image", 1, (8, 8)))
+    """A type of prior over one level, or a key of ``STACKS``: priors over the levels of a ladder (needs ``register_ladder``)."""
+    if kind in STACKS:
+        tok: Tokenizer = Ladder(LadderConfig(levels=3 if "three" in kind else 2), SignalSpec("image", 1, (8, 8)))
         spec = codes_spec(tok, labelled)
-        return TwoStagePipeline(tok, [prior("gpt", spec, "0:1"), prior("pixelcnn", spec, "1:2")], **settings)
+        return TwoStagePipeline(tok, [prior(type_, spec, levels) for type_, levels in map(str.split, STACKS[kind])], **settings)
     tok = tokenizer()
     return TwoStagePipeline(tok, [prior(kind, codes_spec(tok, labelled))], **settings)

@@ -15,16 +15,18 @@ from stage2_prior.priors.base import PRIORS, Prior
 
 TINY: dict[str, dict[str, Any]] = {
     "gpt": {"width": 16, "depth": 2, "heads": 2},
+    "rq": {"width": 16, "depth": 2, "heads": 2, "inner": 2},
     "pixelcnn": {"width": 12, "depth": 2},
+    "maskgit": {"width": 16, "depth": 2, "heads": 2},
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """A type of prior over levels of the given (vocabulary, shape), coarse to fine."""
+    """A type of prior over levels of the given (vocabulary, shape), coarse to fine; a vocabulary is a number or its factors."""
 
     type: str
-    shapes: tuple[tuple[int, tuple[int, ...]], ...]
+    shapes: tuple[tuple[int | tuple[int, ...], tuple[int, ...]], ...]
     levels: str = ""
     classes: int = 0
     config: dict[str, Any] = field(default_factory=dict)
@@ -36,7 +38,9 @@ class Case:
 
     @property
     def spec(self) -> CodesSpec:
-        levels = tuple(LevelSpec(f"level{i}", vocab, shape) for i, (vocab, shape) in enumerate(self.shapes))
+        factors = [vocab if isinstance(vocab, tuple) else (vocab,) for vocab, _ in self.shapes]
+        shapes = [shape for _, shape in self.shapes]
+        levels = tuple(LevelSpec(f"level{i}", math.prod(f), s, f) for i, (f, s) in enumerate(zip(factors, shapes, strict=True)))
         return CodesSpec(levels, "0" * 64, tuple(f"class{i}" for i in range(self.classes)), (5,) * self.classes)
 
     def build(self, seed: int = 0, noise: float = 0.4) -> Prior:
@@ -53,7 +57,7 @@ class Case:
         """Random codes of all levels up to its own last."""
         generator = torch.Generator().manual_seed(seed)
         stop = int(self.levels.split(":")[1]) if self.levels else len(self.shapes)
-        return [torch.randint(vocab, (n, *shape), generator=generator) for vocab, shape in self.shapes[:stop]]
+        return [torch.randint(level.vocab, (n, *level.shape), generator=generator) for level in self.spec.levels[:stop]]
 
     def cond(self, n: int) -> Cond | None:
         return Cond(label=torch.arange(n) % self.classes) if self.classes else None
@@ -70,10 +74,29 @@ CASES = [
     Case("gpt", ((6, (2, 2)), (5, (4, 4))), classes=2),
     Case("gpt", ((6, (2, 2)), (5, (4, 4))), config={"positions": "rotary"}),
     Case("gpt", ((6, (2, 3)), (5, (2, 3)), (3, (2, 3))), levels="1:3", classes=2, config={"order": "position"}),
+    Case("gpt", ((5, (7,)),), classes=3, config={"positions": "rotary", "label": "prefix"}),
+    Case("gpt", ((6, (2, 2)), (5, (2, 2))), levels="1:2", classes=2, config={"label": "prefix"}),
+    Case("gpt", ((5, (3, 3)),), classes=2, config={"positions": "rotary", "trunk": "llama"}),
+    Case("gpt", ((5, (2, 3)),), config={"trunk": "llama"}),
+    Case("gpt", (((3, 2, 4), (2, 3)),), classes=2, config={"head": "factorised"}),
+    Case("gpt", ((6, (2, 2)), ((2, 2, 3), (2, 2)), ((3, 2), (2, 2))), "1:3", 2, {"head": "factorised", "order": "position"}),
+    Case("rq", ((6, (2, 3)), (5, (2, 3)), (4, (2, 3))), classes=3),
+    Case("rq", ((6, (2, 3)), (5, (2, 3)), (3, (2, 3))), levels="1:3", config={"positions": "rotary"}),
+    Case("rq", (((2, 3), (4,)), ((3, 2, 2), (4,))), classes=2, config={"head": "factorised", "label": "prefix"}),
+    Case("rq", ((5, (6,)),)),
     Case("pixelcnn", ((5, (3, 4)),), classes=3),
     Case("pixelcnn", ((5, (4, 3)),), config={"kernel": 5}),
     Case("pixelcnn", ((6, (2, 2)), (5, (4, 4))), levels="1:2", classes=3),
     Case("pixelcnn", ((6, (1, 1)), (5, (2, 2)), (4, (5, 4))), levels="2:3"),
+    Case("pixelcnn", ((5, (3, 4)),), classes=3, config={"attention": 2}),
+    Case("pixelcnn", ((6, (2, 2)), (5, (4, 3))), levels="1:2", config={"attention": 1, "heads": 3}),
+    Case("maskgit", ((5, (3, 4)),), classes=3),
+    Case("maskgit", ((5, (3, 4)),)),
+    Case("maskgit", ((5, (9,)),), classes=2, config={"positions": "rotary"}),
+    Case("maskgit", ((4, (2, 2, 3)),), config={"schedule": "arccos"}),
+    Case("maskgit", ((6, (2, 2)), (5, (4, 4))), levels="1:2", classes=3),
+    Case("maskgit", ((6, (2, 2)), (5, (4, 4))), classes=2),
+    Case("maskgit", ((6, (1, 1)), (5, (2, 2)), (4, (4, 4))), levels="1:3", config={"positions": "rotary"}),
 ]
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,23 @@ from stage1_tokenizer.data.arrays import ArraySplit
 from stage1_tokenizer.data.base import SOURCES, Source, SourceConfig
 from stage1_tokenizer.data.transform import TransformConfig
 from stage1_tokenizer.nets.conv import ConvConfig
+from stage1_tokenizer.nets.ladder import GridConfig
 from stage1_tokenizer.quantizers.vq import VQConfig
 from stage1_tokenizer.tokenizers.vqvae import VQVAEConfig
+from stage1_tokenizer.tokenizers.vqvae2 import LevelConfig, VQVAE2Config
 from stage1_tokenizer.train import TokenizerTrainConfig, train
 
 LOG = LogConfig(every=3, validate_every=0, checkpoint_every=5, pictures_every=0)
 NET = ConvConfig(widths=(8, 8), blocks=(0, 1), encoder_blocks=(0, 0), patch=1)
 TOKENIZER = VQVAEConfig(net=NET, quantizer=VQConfig(codes=24, dim=4, decay=0.9, restart=0.3), micro_batch=8)
+_VQ = VQConfig(codes=12, dim=4, decay=0.9, restart=0.3)
+HIERARCHY = VQVAE2Config(
+    net=ConvConfig(widths=(8,), blocks=(0,), encoder_blocks=(0,)),
+    ladder=(GridConfig(width=8, blocks=1, encoder_blocks=0),),
+    levels=(LevelConfig(quantizer=_VQ), LevelConfig(quantizer=_VQ)),
+    drop_finer=0.2,
+    micro_batch=8,
+)
 
 
 class ToyConfig(SourceConfig):
@@ -71,6 +82,16 @@ def augmented(**changes: Any) -> ToyConfig:
 
 def run_training(config: TokenizerTrainConfig, **flags: Any) -> None:
     train(config, Flags(**flags))
+
+
+def together(ranks: Callable[..., list[Any]], *trainings: Callable[[], Any]) -> list[Any]:
+    """Runs ``trainings`` one after the other in two forked processes; what each process got of the last one."""
+
+    def work(rank: int) -> Any:
+        os.environ["LOCAL_WORLD_SIZE"] = "2"
+        return [training() for training in trainings][-1]
+
+    return ranks(work, timeout=300.0)
 
 
 @dataclasses.dataclass

@@ -86,6 +86,10 @@ class FrechetTable:
             raise ValueError(f"ratio: the distance of {other!r} is 0")
         return interval(self.values[name] / self.values[other], self.replicates[name] / self.replicates[other])
 
+    def difference(self, name: str, other: str) -> Estimate:
+        """How much larger the distance of ``name`` is than that of ``other``; what the reference adds to both cancels."""
+        return interval(self.values[name] - self.values[other], self.replicates[name] - self.replicates[other])
+
 
 def frechet_table(reference: FeatureSet, sets: list[FeatureSet], replicates: int, seed: int) -> FrechetTable:
     """Distances of ``sets`` to ``reference``. Names must differ: they are part of the draws."""

@@ -7,11 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from intarsia.specs import LevelSpec
 from pipelines.evaluation.bootstrap import LEVEL, Estimate, mean_estimate, ratio_of_means
 from pipelines.evaluation.distances import frechet_table, precision_recall
 from pipelines.evaluation.features import FeatureModel
 from pipelines.evaluation.memorisation import memorisation
 from pipelines.evaluation.sets import ImageSet
+from pipelines.two_stage import TwoStagePipeline
 
 
 def sample_figures(
@@ -71,6 +73,25 @@ def memorisation_figures(nearest: Mapping[str, Tensor], samples: int, train: int
     return figure
 
 
+def describe_pipeline(pipeline: TwoStagePipeline) -> dict[str, Any]:
+    """What the parts are, and which."""
+
+    def level_tree(level: LevelSpec) -> dict[str, Any]:
+        return {"name": level.name, "vocab": level.vocab, "shape": list(level.shape)}
+
+    return {
+        "tokenizer": {
+            "type": pipeline.tokenizer.type_name,
+            "fingerprint": pipeline.spec.fingerprint,
+            "levels": [level_tree(level) for level in pipeline.spec.levels],
+        },
+        "priors": [
+            {"type": prior.type_name, "sha256": prior.weights_sha256, "levels": [level.name for level in prior.own]}
+            for prior in pipeline.priors
+        ],
+    }
+
+
 def _text(figure: Mapping[str, float], spec: str = ".3f") -> str:
     return format(Estimate(**figure), spec)
 
@@ -90,10 +111,11 @@ def table(tree: Mapping[str, Any]) -> str:
     ]
     bits = tree["bits"]
     for part in [*(bits["priors"] if len(bits["priors"]) > 1 else []), bits["total"]]:
-        bound = "at most " if part["is_bound"] else ""
+        at_most, bound = ("<= ", " (bound)") if part["is_bound"] else ("", "")
         lines.append(
-            f"{tree['split']} codes, levels {part['levels']}: {bound}{_text(part['bits_per_code'])} bits per code,"
-            f" {part['bits_per_image']:.1f} per image; independent drawing {_text(part['baseline_bits_per_code'])}"
+            f"{tree['split']} codes, levels {part['levels']}: {at_most}{_text(part['bits_per_code'])} bits per code{bound},"
+            f" {at_most}{part['bits_per_image']:.1f} bits per image{bound};"
+            f" independent drawing {_text(part['baseline_bits_per_code'])} per code"
         )
     lines.append(f"FD ({name}) to {counts['reference']} {tree['reference']} images:")
     for key, value in figures["frechet"].items():

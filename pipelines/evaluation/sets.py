@@ -110,17 +110,32 @@ def balanced_labels(n: int, classes: int) -> Tensor:
     return torch.arange(n) % classes
 
 
+def can_balance(split: Split, n: int, classes: int) -> bool:
+    """Whether ``n`` rows of a split, or all of them where there are no more, can hold equally many of each class, to one row."""
+    if split.labels is None or classes < 1:
+        return False
+    counts = torch.bincount(split.labels, minlength=classes)
+    if n >= len(split):
+        return int(counts.max() - counts.min()) <= 1
+    return int(counts.min()) >= -(-n // classes)
+
+
 def choose_rows(split: Split, n: int, seed: int, classes: int = 0) -> Tensor:
     """(min(n, N),) int64: ``n`` of the N rows of a split, drawn without replacement.
 
     With ``classes`` > 0 the drawn rows hold the classes in turn, as ``balanced_labels``; ValueError where a class has too few.
-    All rows, in random order, where there are no more than ``n``.
+    All rows, in random order, where there are no more than ``n``; with ``classes`` ValueError where they are not balanced.
     """
     order = permutation(seed, "reference", len(split))
-    if classes == 0 or n >= len(split):
+    if classes == 0:
         return order[:n]
     if split.labels is None:
         raise ValueError("reference: the split has no labels to balance; set balanced to false")
+    if n >= len(split):
+        if not can_balance(split, n, classes):
+            counts = torch.bincount(split.labels, minlength=classes).tolist()
+            raise ValueError(f"reference: {len(split)} images with {min(counts)} to {max(counts)} per class are not balanced; lower n")
+        return order
     asked = balanced_labels(n, classes)
     out = torch.empty(n, dtype=torch.int64)
     for c in range(classes):

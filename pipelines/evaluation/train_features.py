@@ -4,9 +4,10 @@ The one that ships with the package was made by
 
     OMP_NUM_THREADS=1 python -m pipelines.evaluation.train_features --name fashion-cnn-v1 --out pipelines/evaluation/fashion_cnn_v1
 
-on the bundled train images alone. For other data: ``--data.type folder --data.root PHOTOS --name photos --out features/photos``,
-and then ``python -m pipelines.evaluate --features features/photos ...``. The same command gives the same weights on the same
-machine with the same number of threads.
+on the bundled train images alone. Any labelled source will do, grey or colour, from 8 pixels a side: ``--data.name emoji --name
+emoji-cnn --data.transform.shift 3 --out features/emoji``, or ``--data.type folder --data.root PHOTOS --name photos --out
+features/photos``; then ``python -m pipelines.evaluate --features features/photos ...``. Every figure is called after the name and
+the first digits of the weights' sha256. The same command gives the same weights on the same machine with the same number of threads.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from intarsia.cli import UserError, parse, run_main
 from intarsia.config import Budget, Config, Place
 from intarsia.order import Order
 from pipelines.evaluation.features import CLASSIFIERS, Classifier, ClassifierConfig, ClassifierSpec, ConvClassifierConfig
+from pipelines.sample import device_of
 from stage1_tokenizer.data.base import SOURCES, Source, SourceConfig, Split
 from stage1_tokenizer.data.bundled import BundledConfig
 from stage1_tokenizer.data.transform import TransformConfig
@@ -48,24 +50,24 @@ class TrainFeaturesConfig(Config):
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the first weights, the order and the augmentation."""
     device: Place[str] = "cpu"
-    """cpu or cuda."""
+    """auto, cpu, cuda, cuda:1, ..."""
 
 
 def train(config: TrainFeaturesConfig, source: Source) -> Classifier:
     """A classifier in eval mode, on the CPU, trained on the train split with the augmentation of the source's transform."""
-    split = source.split("train")
+    split, device = source.split("train"), device_of(config.device)
     if split.labels is None or len(source.classes) < 2:
         raise UserError("data: a feature model is trained on labels of at least 2 classes; give a labelled set, or use a trained model")
     spec = ClassifierSpec(source.signal, source.classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = CLASSIFIERS.build(config.classifier, spec).to(config.device).train()
+        model = CLASSIFIERS.build(config.classifier, spec).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps, pct_start=0.15)
     order = Order(len(split), config.batch_size, config.seed)
     for step in range(config.steps):
         batch = split.batch(order.indices(step), order.epochs(step), config.seed)
-        loss = F.cross_entropy(model(batch["x"].to(config.device)), batch["label"].to(config.device))
+        loss = F.cross_entropy(model(batch["x"].to(device)), batch["label"].to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

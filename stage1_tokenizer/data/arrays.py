@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from intarsia.specs import KINDS, SignalSpec
-from stage1_tokenizer.data.base import DataError, Split, digest_arrays
+from stage1_tokenizer.data.base import DataError, Split, caption_bytes, check_captions, digest_arrays
 from stage1_tokenizer.data.transform import TransformConfig, take, to_signal
 
 _KIND_OF_AXES = {axes: kind for kind, axes in KINDS.items()}
@@ -24,18 +25,27 @@ class ArraySplit(Split):
         labels: (N,) integers, or None.
         transform: how to resize (images only) and augment; it is applied to ``x`` once, apart from what is random.
         origin: (N,) int64, positions in the source's own order; counted up without it.
+        captions: a text for each sample, or None.
 
     Raises DataError naming the first bad index for another shape or dtype, NaN, inf, or values out of range.
     """
 
     in_memory = True
 
-    def __init__(self, x: Any, labels: Any = None, transform: TransformConfig | None = None, origin: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        x: Any,
+        labels: Any = None,
+        transform: TransformConfig | None = None,
+        origin: Tensor | None = None,
+        captions: Sequence[str] | None = None,
+    ) -> None:
         self.transform = transform or TransformConfig()
         self.raw = check_array(torch.as_tensor(x))
         self.x = resize_array(self.raw, self.transform)
         self.labels = None if labels is None else check_label_array(torch.as_tensor(labels), len(self.x))
         self.origin = torch.arange(len(self.x)) if origin is None else origin
+        self.captions = check_captions(captions, len(self.x))
         sizes = self.x.shape[2:]
         self.out = tuple(self.transform.target(*sizes)) if len(sizes) == 2 else tuple(sizes)
         self.signal = SignalSpec(_KIND_OF_AXES[len(sizes)], self.x.shape[1], self.out)
@@ -49,10 +59,11 @@ class ArraySplit(Split):
         part.x = part.raw if self.x is self.raw else self.x[rows]
         part.labels = None if self.labels is None else self.labels[rows]
         part.origin = self.origin[rows]
+        part.captions = self._captions_at(rows)
         return part
 
     def digest(self) -> str:
-        return digest_arrays(self.raw.numpy(), None if self.labels is None else self.labels.numpy())
+        return digest_arrays(self.raw.numpy(), None if self.labels is None else self.labels.numpy(), caption_bytes(self.captions))
 
 
 def check_label_array(labels: Tensor, n: int) -> Tensor:

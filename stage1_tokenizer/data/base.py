@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -43,12 +43,14 @@ class Split:
     Attributes:
         signal: geometry of a sample after the transform.
         labels: (N,) int64 in [0, classes), or None where unlabelled.
+        captions: a text for each sample, or None.
         origin: (N,) int64, the position of each sample in the source's own order, before anything was held out or skipped.
         in_memory: whether a batch is only looked up, not decoded.
     """
 
     signal: SignalSpec
     labels: Tensor | None
+    captions: tuple[str, ...] | None = None
     origin: Tensor
     in_memory: ClassVar[bool] = False
 
@@ -88,8 +90,13 @@ class Split:
         """The split that holds only ``rows`` (n,) int64, in that order."""
         raise NotImplementedError
 
+    def _captions_at(self, rows: Tensor) -> tuple[str, ...] | None:
+        """For ``select``."""
+        return None if self.captions is None else tuple(self.captions[i] for i in rows.tolist())
+
     def digest(self) -> str:
-        """sha256 of what the split holds: the data themselves, or the names and sizes of its files; the same on every machine."""
+        """sha256 of what the split holds: the data themselves, or the names and sizes of its files, labels and captions; the same on
+        every machine."""
         raise NotImplementedError
 
 
@@ -119,12 +126,15 @@ class Source:
         signal: geometry of a sample after the transform.
         classes: names of the labels; empty where unlabelled.
         skipped: the files that were left out, with the reason (``skip_bad``).
+        near_duplicates: the distance (``near_duplicates.nearest``) up to which a held-out sample has a near neighbour in train, for
+            data where that is frequent: an evaluation then reports those without one apart. None: it does not look.
     """
 
     type_name: ClassVar[str]
     signal: SignalSpec
     classes: tuple[str, ...]
     skipped: tuple[str, ...] = ()
+    near_duplicates: float | None = None
 
     def __init__(self, config: SourceConfig) -> None:
         self.config = config
@@ -146,8 +156,9 @@ class Source:
                     f"data: train has {a.channels} channels of {a.shape}, {name} has {b.channels} of {b.shape}; "
                     "set transform.size and transform.channels"
                 )
-            if (split.labels is None) != (found["train"].labels is None):
-                raise DataError(f"data: of the splits train and {name}, one has labels and the other has none")
+            for what in ("labels", "captions"):
+                if (getattr(split, what) is None) != (getattr(found["train"], what) is None):
+                    raise DataError(f"data: of the splits train and {name}, one has {what} and the other has none")
         held = held_out(self.config.holdout, len(found["train"]), "validation" in found)
         if held is not None:
             train = found["train"]
@@ -209,6 +220,18 @@ def check_labels(split: Split, name: str, classes: int) -> None:
         row = int(bad[0])
         where = f"data: split {name!r}, sample {int(split.origin[row])}"
         raise DataError(f"{where}: label {int(split.labels[row])}; expected [0, {classes - 1}]")
+
+
+def check_captions(captions: Sequence[str] | None, n: int) -> tuple[str, ...] | None:
+    """Raises DataError for another number of captions than ``n``."""
+    if captions is not None and len(captions) != n:
+        raise DataError(f"data: {len(captions)} captions of {n} samples; expected one each")
+    return None if captions is None else tuple(captions)
+
+
+def caption_bytes(captions: Sequence[str] | None) -> np.ndarray[Any, Any] | None:
+    """uint8, what a digest holds of captions."""
+    return None if captions is None else np.frombuffer("\0".join(captions).encode(), np.uint8)
 
 
 def digest_arrays(*arrays: np.ndarray[Any, Any] | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from intarsia.specs import SignalSpec
-from stage1_tokenizer.data.base import DataError, Split
+from stage1_tokenizer.data.base import DataError, Split, caption_bytes, check_captions
 from stage1_tokenizer.data.image import ImageError, decode
 from stage1_tokenizer.data.pool import Pool
 from stage1_tokenizer.data.transform import TransformConfig, take, to_signal, windows
@@ -87,10 +88,12 @@ class DecodedSplit(Split):
         pool: Pool,
         labels: Tensor | None = None,
         origin: Tensor | None = None,
+        captions: Sequence[str] | None = None,
     ) -> None:
         self.items, self.sizes, self.channels, self.transform, self.pool = items, sizes, channels, transform, pool
         self.labels = labels
         self.origin = torch.arange(len(items)) if origin is None else origin
+        self.captions = check_captions(captions, len(items))
         kinds, which = torch.unique(sizes, dim=0, return_inverse=True)
         self.scaled = torch.tensor([transform.scaled(h, w) for h, w in kinds.tolist()])[which]
         self.out = transform.target(*kinds[0].tolist())
@@ -157,16 +160,19 @@ class DecodedSplit(Split):
     def select(self, rows: Tensor) -> DecodedSplit:
         labels = None if self.labels is None else self.labels[rows]
         return DecodedSplit(
-            self.items.select(rows), self.sizes[rows], self.channels, self.transform, self.pool, labels, self.origin[rows]
-        )
+            self.items.select(rows), self.sizes[rows], self.channels, self.transform, self.pool, labels, self.origin[rows],
+            self._captions_at(rows),
+        )  # fmt: skip
 
     def digest(self) -> str:
-        """Over the name and size of every image, its label, and the content of DIGEST_SAMPLES evenly spaced ones."""
+        """Over the name and size of every image, its label and caption, and the content of DIGEST_SAMPLES evenly spaced ones."""
         sha = hashlib.sha256()
         for i in range(len(self)):
             sha.update(self.items.facts(i))
         if self.labels is not None:
             sha.update(self.labels.numpy().tobytes())
+        if (captions := caption_bytes(self.captions)) is not None:
+            sha.update(captions.data)
         for i in np.unique(np.linspace(0, len(self) - 1, DIGEST_SAMPLES).round().astype(int)).tolist():
             sha.update(self.items.content(i))
         return sha.hexdigest()

@@ -27,6 +27,8 @@ class FolderConfig(DecodedConfig):
     """Below the folder, or below each split's: a folder per class, or images without labels at any depth; auto: what is there."""
     splits: Literal["auto", "folders", "none"] = "auto"
     """folders: the folder holds train/ and perhaps validation/ and test/; none: those are names of classes; auto: by their presence."""
+    captions: bool = False
+    """Read the caption of ``name.jpg`` from ``name.txt`` beside it; every image needs one."""
 
 
 @SOURCES.register("folder", FolderConfig)
@@ -60,7 +62,8 @@ class FolderSource(DecodedSource):
                     raise DataError(f"data.root: {roots[name]!r} has the class folder {unknown[0]!r}, which the train split lacks")
                 place = {c: i for i, c in enumerate(classes)}
                 labels = torch.tensor([place[n.split("/", 1)[0]] for n in names])
-            parts[name] = Part(FileItems(roots[name], names), labels)
+            captions = [read_caption(roots[name], image) for image in names] if config.captions else None
+            parts[name] = Part(FileItems(roots[name], names), labels, captions)
         self._look(parts, classes)
 
     def _identity(self) -> dict[str, Any]:
@@ -127,6 +130,20 @@ def list_images(root: str, layout: str) -> tuple[list[str], list[str] | None]:
             raise DataError(f"data.root: the class folder {os.path.join(root, folder)!r} holds no images")
         names += mine
     return names, folders
+
+
+def read_caption(root: str, image: str) -> str:
+    """The text beside an image, without the white space around it. Raises DataError where it is missing, empty or no UTF-8."""
+    path = Path(root, image).with_suffix(".txt")
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise DataError(f"data.captions: {str(path)!r}, the caption of {image!r}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"data.captions: {str(path)!r} is no UTF-8 text") from None
+    if not text:
+        raise DataError(f"data.captions: {str(path)!r} is empty")
+    return text
 
 
 def _walk(root: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:

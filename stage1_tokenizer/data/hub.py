@@ -47,6 +47,8 @@ class HubConfig(DecodedConfig):
     """Column of the images: encoded images, paths in a local csv or json file, or arrays of numbers."""
     label: str = "label"
     """Column of the labels: whole numbers or names; empty for unlabelled data."""
+    caption: str = ""
+    """Column of the captions: one text each; empty for none."""
     splits: dict[str, str] = Field(default_factory=dict)
     """Ours to theirs, such as {train: "train[:90%]", validation: "train[90%:]"}; empty: by their usual names."""
     cache: Place[str] = ""
@@ -71,14 +73,15 @@ class HubSource(DecodedSource):
         self.local = Path(config.path).exists()
         sets = self._load()
         labels, classes = self._labels(sets)
+        captions = {name: self._captions(part, name) for name, part in sets.items()}
         column = next(iter(sets.values())).features[config.image]
         if _kind(column) == "array":
-            self._take_arrays(sets, labels, classes)
+            self._take_arrays(sets, labels, captions, classes)
             return
         if _kind(column) == "path" and not self.local:
             raise DataError(f"data.image: the column {config.image!r} of {config.path!r} holds paths, which only local data may")
         below = str(Path(config.path).parent if Path(config.path).is_file() else config.path)
-        parts = {n: Part(ArrowItems(d, config.image, f"{config.path} [{n}]", below), labels[n]) for n, d in sets.items()}
+        parts = {n: Part(ArrowItems(d, config.image, f"{config.path} [{n}]", below), labels[n], captions[n]) for n, d in sets.items()}
         self._look(parts, classes)
 
     def _identity(self) -> dict[str, Any]:
@@ -93,10 +96,9 @@ class HubSource(DecodedSource):
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(f"data.path: {self.config.path!r} cannot be loaded: {reason}") from error
         for name, part in found.items():
-            for field in ("image", "label"):
+            for field, hint in (("image", ""), ("label", "; empty for unlabelled data"), ("caption", "")):
                 column = getattr(self.config, field)
                 if column and column not in part.column_names:
-                    hint = "; empty for unlabelled data" if field == "label" else ""
                     raise DataError(f"data.{field}: no column {column!r} in split {name!r}; it has {', '.join(part.column_names)}{hint}")
             if len(part) == 0:
                 raise DataError(f"data: split {name!r} of {self.config.path!r} is empty")
@@ -130,12 +132,28 @@ class HubSource(DecodedSource):
                 values[name] = [place[n] for n in names]
         return {name: torch.tensor(v, dtype=torch.int64) for name, v in values.items()}, classes
 
-    def _take_arrays(self, sets: dict[str, Dataset], labels: dict[str, Tensor | None], classes: tuple[str, ...]) -> None:
+    def _captions(self, part: Dataset, split: str) -> list[str] | None:
+        column = self.config.caption
+        if not column:
+            return None
+        values = part.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+        for i, value in enumerate(values):
+            if not isinstance(value, str):
+                raise DataError(f"data.caption: split {split!r}, row {i}: {value!r}; expected a text")
+        return list(values)
+
+    def _take_arrays(
+        self,
+        sets: dict[str, Dataset],
+        labels: dict[str, Tensor | None],
+        captions: dict[str, list[str] | None],
+        classes: tuple[str, ...],
+    ) -> None:
         splits: dict[str, ArraySplit] = {}
         for name, part in sets.items():
             values = part.select_columns([self.config.image]).with_format("numpy")[:][self.config.image]
             images = image_array(values, f"split {name!r}, row {{}}".format)
-            splits[name] = ArraySplit(images, labels[name], self.config.transform)
+            splits[name] = ArraySplit(images, labels[name], self.config.transform, captions=captions[name])
         self._finish(splits, classes)
 
 

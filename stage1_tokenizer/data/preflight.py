@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,7 @@ class Part:
 
     items: Items
     labels: Tensor | None
+    captions: Sequence[str] | None = None
 
 
 class DecodedSource(Source):
@@ -74,7 +76,7 @@ class DecodedSource(Source):
         splits: dict[str, DecodedSplit] = {}
         for name, (part, good, rows) in usable.items():
             sizes = torch.tensor([(h.height, h.width) for h in good])
-            splits[name] = DecodedSplit(part.items, sizes, channels, config.transform, pool, part.labels, rows)
+            splits[name] = DecodedSplit(part.items, sizes, channels, config.transform, pool, part.labels, rows, part.captions)
         self._holds = sum(s.bytes for s in splits.values()) <= config.memory
         self._finish(splits, classes)
         if not config.skip_bad:
@@ -92,7 +94,8 @@ class DecodedSource(Source):
         if len(rows) == 0:
             raise DataError(f"data: split {name!r}: none of its {len(headers)} images can be used; {bad[0] if bad else 'it is empty'}")
         labels = None if part.labels is None else part.labels[rows]
-        return Part(part.items.select(rows), labels), [h for h in headers if isinstance(h, Header)], rows
+        captions = None if part.captions is None else [part.captions[i] for i in rows.tolist()]
+        return Part(part.items.select(rows), labels, captions), [h for h in headers if isinstance(h, Header)], rows
 
     def split(self, name: str) -> Split:
         split = super().split(name)

@@ -25,6 +25,7 @@ class Net(nn.Module):
         grid: shape of the code grid for ``signal.shape``.
         stride: samples of the signal per grid cell, along each axis.
         halo: receptive reach of encoder and decoder in grid cells; None where it is global.
+        encoder: all that ``encode`` computes with, so that a tokenizer can name what decides its codes.
         last_layer: the weight of the last layer of the decoder (adaptive loss weights are measured there).
     """
 
@@ -33,6 +34,7 @@ class Net(nn.Module):
     grid: tuple[int, ...]
     stride: tuple[int, ...]
     halo: int | None
+    encoder: nn.Module
 
     def __init__(self, config: NetConfig, signal: SignalSpec) -> None:
         super().__init__()

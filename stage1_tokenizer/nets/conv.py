@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
+from intarsia.config import Added
 from intarsia.specs import SignalSpec
 from stage1_tokenizer.nets.base import NETS, Net, NetConfig
+from stage1_tokenizer.nets.blocks import CONV, Activation, Norm, Upsample, Upsampling, downsample, stage, unpatch
 
-CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+__all__ = ["CONV", "ConvConfig", "ConvNet", "unpatch"]
 
 
 class ConvConfig(NetConfig):
@@ -28,10 +26,12 @@ class ConvConfig(NetConfig):
     """Residual blocks of each stage in the encoder; null = as in the decoder."""
     patch: int = 2
     """The first and last layer work on patches of this many samples an axis: nothing runs at full resolution. 1 = off."""
-    norm: Literal["group", "none"] = "group"
+    norm: Norm = "group"
     """Normalisation in the residual blocks; `none` keeps the receptive field finite."""
-    upsample: Literal["transposed", "nearest"] = "transposed"
+    upsample: Upsampling = "transposed"
     """4-wide transposed convolutions, or nearest-neighbour upsampling and a 3-wide convolution."""
+    attention: Added[tuple[int, ...]] = ()
+    """Stages (0 = the finest) whose blocks end with self-attention over the grid, in encoder and decoder."""
 
     def model_post_init(self, context: Any) -> None:
         if not self.widths or min(self.widths) < 1:
@@ -39,66 +39,8 @@ class ConvConfig(NetConfig):
         for name, blocks in (("blocks", self.blocks), ("encoder_blocks", self.encoder_blocks)):
             if blocks is not None and (len(blocks) != len(self.widths) or min(blocks) < 0):
                 raise ValueError(f"{name}: {blocks}; expected {len(self.widths)} counts, one for each of widths {self.widths}")
-
-
-def norm_layer(kind: str, width: int) -> nn.Module:
-    """Group norm with groups of at least 8 channels and at most 32 groups."""
-    if kind == "none":
-        return nn.Identity()
-    return nn.GroupNorm(math.gcd(32, max(1, width // 8)), width)
-
-
-def unpatch(x: Tensor, patch: int) -> Tensor:
-    """(B, C patch^d, *grid) to (B, C, *(patch grid)): each cell's channels become its patch (sub-pixel convolution, Shi et al. 2016)."""
-    if patch == 1:
-        return x
-    axes = "xyz"[: x.ndim - 2]
-    inside = " ".join(f"p{a}" for a in axes)
-    outside = " ".join(f"({a} p{a})" for a in axes)
-    return rearrange(x, f"b (c {inside}) {' '.join(axes)} -> b c {outside}", **{f"p{a}": patch for a in axes})
-
-
-class ResidualBlock(nn.Module):
-    """x + conv3(act(norm(conv3(act(norm(x)))))), the last convolution starting small."""
-
-    def __init__(self, axes: int, width: int, norm: str) -> None:
-        super().__init__()
-        conv = CONV[axes]
-        self.norm1, self.conv1 = norm_layer(norm, width), conv(width, width, 3, padding=1)
-        self.norm2, self.conv2 = norm_layer(norm, width), conv(width, width, 3, padding=1)
-        with torch.no_grad():
-            self.conv2.weight.mul_(0.1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        return x + self.conv2(F.silu(self.norm2(h)))
-
-
-class Upsample(nn.Module):
-    """Doubles the grid."""
-
-    def __init__(self, axes: int, width_in: int, width_out: int, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-        self.conv: nn.Module
-        if kind == "transposed":
-            self.conv = TRANSPOSED[axes](width_in, width_out, 4, stride=2, padding=1)
-        else:
-            self.conv = CONV[axes](width_in, width_out, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x if self.kind == "transposed" else F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class Activation(nn.Module):
-    """Normalisation and SiLU, before a layer that changes the grid or the width."""
-
-    def __init__(self, width: int, norm: str) -> None:
-        super().__init__()
-        self.norm = norm_layer(norm, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(self.norm(x))
+        if len(set(self.attention)) != len(self.attention) or not set(self.attention) <= set(range(len(self.widths))):
+            raise ValueError(f"attention: {self.attention}; expected different stages in [0, {len(self.widths) - 1}]")
 
 
 @NETS.register("conv", ConvConfig)
@@ -123,18 +65,18 @@ class ConvNet(Net):
         down: list[nn.Module] = [first]
         for i, width in enumerate(widths):
             if i:
-                down += [Activation(widths[i - 1], norm), conv(widths[i - 1], width, 4, stride=2, padding=1)]
-            down += [ResidualBlock(axes, width, norm) for _ in range(encoder_blocks[i])]
+                down += [Activation(widths[i - 1], norm), downsample(axes, widths[i - 1], width)]
+            down += stage(axes, width, norm, encoder_blocks[i], i in config.attention)
         self.encoder = nn.Sequential(*down, Activation(widths[-1], norm))
 
         up: list[nn.Module] = []
         for i in reversed(range(len(widths))):
-            up += [ResidualBlock(axes, widths[i], norm) for _ in range(config.blocks[i])]
+            up += stage(axes, widths[i], norm, config.blocks[i], i in config.attention)
             up += [Activation(widths[i], norm)]
             if i:
                 up += [Upsample(axes, widths[i], widths[i - 1], config.upsample)]
         self.decoder = nn.Sequential(*up, conv(widths[0], signal.channels * patch**axes, 3, padding=1))
-        self.halo = None if norm == "group" else max(self._encoder_reach(encoder_blocks), self._decoder_reach())
+        self.halo = None if norm == "group" or config.attention else max(self._encoder_reach(encoder_blocks), self._decoder_reach())
 
     def _encoder_reach(self, blocks: tuple[int, ...]) -> int:
         """How many cells beyond its own patch a code sees: the cell's interval of samples, followed from the code back."""

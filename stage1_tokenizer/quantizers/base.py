@@ -29,7 +29,8 @@ class Quantized:
     Attributes:
         z: (B, D, *grid), the quantised latents, with the gradient to the encoder.
         codes: one (B, *grid) int64 tensor for each map of codes, in [0, vocab).
-        loss: () the quantiser's own terms (commitment, codebook, ...), mean over samples.
+        loss: () the quantiser's own terms (commitment, codebook, ...), mean over all samples of the batch; one that is not
+            ``active`` adds 0. So it is linear in the batch: micro-batches weighted by their sizes equal the whole.
         stats: scalars to log, detached.
         depth: (B,) int64, the active stages of each sample under quantiser dropout; None where all are.
     """
@@ -46,10 +47,18 @@ class Quantizer(nn.Module):
 
     Attributes:
         dim: D, the number of channels that ``forward`` takes.
+        straight_through: the gradient of ``Quantized.z`` reaches the latents unchanged and no parameter gets any of it. A residual
+            quantiser then lets it pass around all its stages at once; otherwise it differentiates through them.
+        soft: in training ``Quantized.z`` is a mixture that no code stands for.
+        shrink: how much smaller than its input what it leaves is, where that is fixed; 1 where a codebook adapts. A residual
+            quantiser magnifies what each stage leaves by this much for the next.
     """
 
     type_name: ClassVar[str]
     dim: int
+    straight_through: bool = False
+    soft: bool = False
+    shrink: float = 1.0
 
     def level_specs(self, name: str, grid: tuple[int, ...]) -> tuple[LevelSpec, ...]:
         """The maps of codes on a grid: one level called ``name``, or "name/0", "name/1", ... for depths and groups."""
@@ -69,7 +78,8 @@ class Quantizer(nn.Module):
         """z: (B, D, *grid) floating point; computed in float32, float64 stays.
 
         ``active`` (B,) bool: which samples count in loss and statistics (quantiser dropout inside another quantiser); None for
-        all. ``z`` and codes of the others are made all the same. Schedules are functions of ``rng.step``.
+        all. ``z`` and codes of the others are made all the same; to the loss they add 0, and it stays a mean over all B samples.
+        Schedules are functions of ``rng.step``.
 
         In training, statistics of the step are accumulated (unless a latent is not finite: see ``finite``). In eval mode
         nothing changes. Raises ValueError for a wrong shape, an empty batch and, in eval mode, for NaN and inf.
@@ -91,6 +101,22 @@ class Quantizer(nn.Module):
         """
         self.discard()
 
+    def codes_in_use(self, vocab: int) -> int:
+        """How many of the codes there can be as yet; fewer than ``vocab`` while a codebook grows. Waits for the device."""
+        return vocab
+
+    def remedies(self) -> tuple[str, ...]:
+        """What can be done against a collapse in the middle of a training, in order."""
+        return ()
+
+    def remedy(self, name: str, again: bool = False) -> None:
+        """Does one of ``remedies``; the next ``initialize`` sets a codebook that is to be set anew.
+
+        Args:
+            again: after a resumption, where what is in the checkpoint stays as it is.
+        """
+        raise ValueError(f"remedy: {name!r}; {self.type_name} has {', '.join(self.remedies()) or 'none'}")
+
     def finite(self) -> Tensor:
         """() bool: every latent since the last ``update`` or ``discard`` was finite."""
         return torch.tensor(True)
@@ -98,7 +124,9 @@ class Quantizer(nn.Module):
     def decode(self, codes: tuple[Tensor, ...], depth: Tensor | None = None) -> Tensor:
         """Codes, each (B, *grid) int64, to (B, D, *grid): ``decode(forward(z).codes, depth)`` equals ``forward(z).z``.
 
-        Raises ValueError for a code outside [0, vocab).
+        ``codes`` are all maps or a leading part of them whose count is in ``prefixes()``.
+
+        Raises ValueError for a code outside [0, vocab) and for another count.
         """
         raise NotImplementedError
 
@@ -131,6 +159,42 @@ def check_latents(z: Tensor, dim: int) -> None:
         raise ValueError("latents: the batch is empty")
     if not z.is_floating_point():
         raise ValueError(f"latents: dtype {z.dtype}; expected floating point")
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward the second argument, backward the identity to the first."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, z_q: Tensor) -> Tensor:
+        return z_q.view_as(z_q)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
+    """``z_q`` with the gradient of ``z`` (Bengio et al. 2013, arXiv:1308.3432); its very bits, which z + (z_q - z).detach() has not."""
+    out: Tensor = _StraightThrough.apply(z, z_q)
+    return out
+
+
+def check_finite(z: Tensor, training: bool) -> Tensor:
+    """() bool: all latents are finite, without a host sync in training. In eval mode ValueError names the first bad row."""
+    z = z.detach()
+    low, high = torch.aminmax(z)  # NaN and inf come through; one pass without a mask of the size of z
+    finite = torch.isfinite(low) & torch.isfinite(high)
+    if not training and not z.is_meta and not bool(finite):
+        bad = int((~torch.isfinite(z).flatten(1).all(1)).nonzero()[0])
+        raise ValueError(f"latents: NaN or inf in row {bad}")
+    return finite
+
+
+def active_mean(values: Tensor, active: Tensor | None) -> Tensor:
+    """() the mean of ``values`` (B, ...) over everything, where samples that are not ``active`` (B,) count as 0."""
+    if active is None:
+        return values.mean()
+    return torch.where(active.view(-1, *[1] * (values.ndim - 1)), values, 0.0).mean()
 
 
 def check_codes(codes: Tensor, vocab: int, name: str = "codes") -> None:

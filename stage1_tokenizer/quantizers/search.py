@@ -2,45 +2,86 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from intarsia.rng import StepRng, permutation
 
-_TILE_FLOATS = {"cpu": 1 << 20}  # 4 MB of scores at once stay in cache; elsewhere 256 MB
+_TILE_FLOATS = {"cpu": 1 << 18}  # 1 MB of scores at once stays in a core's cache; elsewhere 256 MB
 _BLOCK = 64
+_PACK_ROWS = 64  # laying the codebook out pays from about this many rows on
 
 
 def nearest(rows: Tensor, codebook: Tensor, cost: Tensor | None = None) -> Tensor:
     """argmin_k |z - e_k|^2 + cost_k = argmax_k (z . e_k - (|e_k|^2 + cost_k) / 2) for each row; the first of equals.
 
+    Computed in the dtype given, without TF32 or bf16. Memory: a tile of scores and the result.
+
     Args:
         rows: (N, D) float32 or float64.
         codebook: (K, D) of the same dtype.
-        cost: (K,) of the same dtype, what a code costs beside its distance; None for nothing.
+        cost: (K,) of the same dtype, what a code costs beside its distance, inf for one that must not be taken; None for nothing.
 
     Returns:
         (N,) int64.
     """
-    n, k = rows.shape[0], codebook.shape[0]
-    out = torch.empty(n, dtype=torch.int64, device=rows.device)
     bias = codebook.square().sum(1)
     bias = (bias if cost is None else bias + cost).mul(-0.5)
-    columns = codebook.t()
-    tile = max(1, _TILE_FLOATS.get(rows.device.type, 1 << 26) // k)
-    scores = rows.new_empty((min(tile, n), k))
-    for start in range(0, n, tile):
-        part = rows[start : start + tile]
-        torch.addmm(bias, part, columns, out=scores[: part.shape[0]])
-        out[start : start + tile] = _argmax(scores[: part.shape[0]])
+    wide = rows.device.type == "cpu" and codebook.shape[0] >= 4 * _BLOCK
+    if wide and (over := -codebook.shape[0] % _BLOCK):  # whole blocks: codes that never win
+        codebook, bias = F.pad(codebook, (0, 0, 0, over)), F.pad(bias, (0, over), value=float("-inf"))
+    best = _best_in_blocks if wide else _best
+    score = scorer(codebook, bias, rows.shape[0])
+    out = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
+    for tile in tiles(rows.shape[0], codebook.shape[0], rows.device):
+        out[tile] = best(score(rows[tile]))
     return out
 
 
-def _argmax(scores: Tensor) -> Tensor:
-    """argmax over the last axis. On CPU in two steps, block maxima first: exact, and several times faster there."""
+def tiles(n: int, k: int, device: torch.device) -> list[slice]:
+    """Slices of n rows such that a rows x k matrix of scores is small."""
+    size = max(1, _TILE_FLOATS.get(device.type, 1 << 26) // k)
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def scorer(codebook: Tensor, bias: Tensor, n: int) -> Callable[[Tensor], Tensor]:
+    """``rows -> rows @ codebook.T + bias`` for about n rows in all, without gradients.
+
+    On a CPU the codebook is laid out once for oneDNN's kernels, where torch has them: a half to a third of the time. Elsewhere
+    the result lies in one buffer, which the next call overwrites.
+    """
+    plain = type(codebook.detach()) is Tensor and not torch.compiler.is_compiling()  # traced tensors know no packed layout
+    if plain and n >= _PACK_ROWS and codebook.device.type == "cpu" and codebook.dtype == torch.float32 and _packs():
+        laid_out = torch.ops.mkldnn._reorder_linear_weight(codebook, None)
+        return lambda rows: torch.ops.mkldnn._linear_pointwise(rows, laid_out, bias, "none", [], "")
+    columns = codebook.t()
+    buffer: list[Tensor] = []
+
+    def product(rows: Tensor) -> Tensor:
+        if not buffer:
+            buffer.append(rows.new_empty((rows.shape[0], codebook.shape[0])))
+        return torch.addmm(bias, rows, columns, out=buffer[0][: rows.shape[0]])
+
+    return product
+
+
+@cache
+def _packs() -> bool:
+    """Whether oneDNN's packed product is there; torch's own compiler calls the same operators."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _best(scores: Tensor) -> Tensor:
+    return scores.argmax(1)
+
+
+def _best_in_blocks(scores: Tensor) -> Tensor:
+    """argmax over the last axis in two steps, block maxima first: exact, and several times faster on a CPU."""
     n, k = scores.shape
-    if scores.device.type != "cpu" or k % _BLOCK or k < 4 * _BLOCK:
-        return scores.argmax(1)
     blocks = scores.view(n, k // _BLOCK, _BLOCK)
     best = blocks.amax(2).argmax(1)
     inside = blocks[torch.arange(n, device=scores.device), best].argmax(1)

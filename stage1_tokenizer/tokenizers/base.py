@@ -52,7 +52,7 @@ class Tokenizer(Pretrained, nn.Module):
 
     Attributes:
         config, signal: what it was built from.
-        stride: samples per cell of the finest grid, along each axis; any size that it divides is encoded and decoded.
+        stride: samples per cell of the coarsest grid, along each axis; any size that it divides is encoded and decoded.
         halo: receptive reach in code cells; None where it is global.
     """
 

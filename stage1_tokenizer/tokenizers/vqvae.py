@@ -48,6 +48,9 @@ class VQVAE(Tokenizer):
     def level_specs(self) -> tuple[LevelSpec, ...]:
         return self.quantizer.level_specs("codes", self.net.grid)
 
+    def prefixes(self) -> tuple[int, ...]:
+        return self.quantizer.prefixes()
+
     @property
     def last_layer(self) -> nn.Parameter:
         return self.net.last_layer

@@ -200,9 +200,27 @@ class Prior(Pretrained, nn.Module):
         """
         raise NotImplementedError
 
+    def check_known(self, known: Known) -> None:
+        """ValueError where ``sample`` would refuse ``known``: a caller of several priors asks all of them before any draws."""
+        self._check_known(known, len(known[0][0]))
+
     def _check_known(self, known: Known, n: int) -> tuple[list[Tensor], list[Tensor]]:
         """(codes, keep) of its levels, checked."""
         return check_known(known, self.own, n)
+
+    def _arguments(
+        self, codes: Sequence[Tensor], cond: Cond | None, check: bool, stop: int | None = None
+    ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+        """Upper codes (B, *shape), own codes (B, positions) and labels, all on the prior's device.
+
+        Args:
+            check: look at the values too.
+            stop: how many levels of codes there are; up to its last where it is not said.
+        """
+        n = len(codes[0]) if codes else 0
+        check_codes(codes, self.spec.levels[: self.levels.stop if stop is None else stop], n, "codes", values=check)
+        here = [c.to(self.device) for c in codes]
+        return here[: self.levels.start], [c.flatten(1) for c in here[self.levels.start :]], self._label(cond, n, check=check)
 
     # Conditions ------------------------------------------------------------------------------------------------
     @property

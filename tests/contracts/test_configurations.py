@@ -26,8 +26,11 @@ SCRIPTS = {
     "stage2_prior.train": "PriorTrainConfig",
     "stage2_prior.evaluate": "EvaluateConfig",
     "pipelines.assemble": "AssembleConfig",
+    "pipelines.compare": "CompareConfig",
     "pipelines.evaluate": "EvaluateConfig",
+    "pipelines.guidance": "GuidanceConfig",
     "pipelines.quickstart": "QuickstartConfig",
+    "pipelines.report": "ReportConfig",
     "pipelines.sample": "SampleConfig",
 }
 

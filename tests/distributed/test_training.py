@@ -13,7 +13,7 @@ from intarsia.cli import RunError
 from intarsia.order import Order
 from intarsia.run import Run
 from stage1_tokenizer.data.arrays import ArraySplit
-from tests.training import Left, run_training, tiny
+from tests.training import HIERARCHY, Left, run_training, tiny
 
 
 def each(ranks, config, before=None, **flags):
@@ -58,6 +58,16 @@ def test_c1_two_processes_equal_one_in_float32_over_20_steps(ranks, tmp_path):
     one = in_one(tiny(tmp_path / "one", steps=20))
     two = in_two(ranks, tiny(tmp_path / "two", steps=20))
     assert one.distance(two, ("module/",)) <= 1e-5
+
+
+def test_c1_two_processes_equal_one_with_a_hierarchy_of_levels(ranks, tmp_path):
+    """k-means from coarse to fine, a restart per level, every prefix decoded, and finer levels dropped at random."""
+    common = {"steps": 60, "precision": "fp64", "tokenizer": HIERARCHY, "log": {"every": 20, "checkpoint_every": 60}}
+    one = in_one(tiny(tmp_path / "one", **common))
+    two = in_two(ranks, tiny(tmp_path / "two", **common))
+    assert one.distance(two) <= 1e-10
+    assert {"module/quantizers.0.codebook", "module/quantizers.1.sums"} <= one.tensors.keys()
+    assert one.distance(in_one(tiny(tmp_path / "parts", accumulate=3, **common))) <= 1e-10
 
 
 def test_c1_accumulation_equals_the_whole_batch_also_in_two_processes(ranks, tmp_path):

@@ -21,6 +21,7 @@ from stage1_tokenizer.encode import dump_codes
 from stage1_tokenizer.tokenizers.base import Tokenizer
 from stage2_prior import train as prior_script
 from stage2_prior.priors.gpt import GPTConfig
+from stage2_prior.priors.maskgit import MaskGITConfig
 from tests.test_run import go
 from tests.training import LOG, Left, augmented, fork, run_training, tiny, wait
 
@@ -73,7 +74,8 @@ def test_a1_twelve_kills_of_an_ema_tokenizer_leave_no_trace(tmp_path):
     a1(train_tokenizer, tmp_path)
 
 
-def test_a1_twelve_kills_of_a_gpt_prior_leave_no_trace(tmp_path):
+@pytest.mark.parametrize("kind", [GPTConfig, MaskGITConfig], ids=["gpt", "maskgit"])
+def test_a1_twelve_kills_of_a_prior_leave_no_trace(tmp_path, kind: type[GPTConfig] | type[MaskGITConfig]):
     config = tiny(tmp_path / "tokenizer", steps=5)
     run_training(config)
     dump_codes(Tokenizer.from_pretrained(tmp_path / "tokenizer" / "model"), SOURCES.build(config.data), tmp_path / "codes")
@@ -83,7 +85,7 @@ def test_a1_twelve_kills_of_a_gpt_prior_leave_no_trace(tmp_path):
             prior_script.PriorTrainConfig(
                 run=str(folder),
                 codes=str(tmp_path / "codes"),
-                prior=GPTConfig(width=16, depth=1, heads=2),
+                prior=kind(width=16, depth=1, heads=2),
                 steps=30,
                 batch_size=8,
                 precision="fp32",

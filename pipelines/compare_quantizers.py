@@ -1,0 +1,203 @@
+"""Quantisers side by side: ``python -m pipelines.compare_quantizers --config compare_quantizers/fashion_mnist --out runs/compare``.
+
+Each quantiser is trained with the same nets, data, seed and time through the ordinary commands: its number of steps is what fits
+into ``seconds``, measured before, so that every learning rate runs its whole schedule. The best then get a prior each. The same
+command goes on where it was interrupted; results/NAME.json is written as each is done, report.md and curve.png at the end of
+every round.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from intarsia import yaml_io
+from intarsia.cli import Flags, UserError, parse, run_main
+from intarsia.config import Config, Place
+from intarsia.files import json_bytes, read_json, write_atomic
+from intarsia.machine import check_folder
+from pipelines.quantizer_report import curve, report
+from stage1_tokenizer.quantizers.base import QuantizerConfig
+
+PROGRAM = "python -m pipelines.compare_quantizers"
+SHORT, LONG = 30, 130  # steps of the two runs whose difference is the pace
+
+
+class EntryConfig(Config):
+    """One quantiser of the comparison."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    """How it is called in the table; a folder too."""
+    quantizer: QuantizerConfig
+    """What is compared."""
+    ranked: bool = True
+    """Takes part in the choice of the best, which get a prior."""
+
+
+class CompareConfig(Config):
+    """Trains and evaluates several quantisers alike."""
+
+    tokenizer: str
+    """Configuration of the tokenizer's training; only its quantiser and its steps are replaced."""
+    quantizers: tuple[EntryConfig, ...]
+    """What is compared."""
+    data: tuple[str, ...] = ()
+    """Flags for the data, such as --data.root=DIR."""
+    split: str = "test"
+    """What is reconstructed in the end."""
+    seconds: Annotated[float, Field(gt=0)] = 600
+    """Training of each tokenizer, on this machine."""
+    prior: str = ""
+    """Configuration of the priors' training; none are trained where empty."""
+    prior_seconds: Annotated[float, Field(gt=0)] = 600
+    """Training of each prior, on this machine."""
+    best: Annotated[int, Field(ge=0)] = 4
+    """So many tokenizers, by PSNR, get a prior."""
+    samples: Annotated[int, Field(ge=10)] = 5000
+    """Samples of each prior that are compared with real images."""
+    features: str = ""
+    """The feature model for that; the bundled one where empty."""
+    out: Place[Annotated[str, Field(min_length=1)]] = "runs/compare"
+    """The folder for everything."""
+
+    def model_post_init(self, context: object) -> None:
+        names = [entry.name for entry in self.quantizers]
+        if len(set(names)) < len(names) or not names:
+            raise ValueError(f"quantizers: the names {', '.join(names) or '(none)'}; expected one or more, all different")
+        if "results" in names:
+            raise ValueError("quantizers: the name 'results'; the folder of that name holds the figures")
+
+
+def run_command(arguments: Sequence[str], quiet: bool = False) -> float:
+    """Runs ``python -m`` with these arguments; the seconds that it took. SystemExit with its code where it fails."""
+    if not quiet:
+        print(f"\n> python -m {shlex.join(arguments)}", flush=True)
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", *arguments], check=False, capture_output=quiet, text=True)
+    if done.returncode:
+        print((done.stderr or "")[-2000:], f"error: python -m {shlex.join(arguments)}: exit code {done.returncode}", file=sys.stderr)
+        raise SystemExit(done.returncode if done.returncode > 0 else 128 - done.returncode)
+    return time.perf_counter() - begin
+
+
+def pace(training: Sequence[str]) -> float:
+    """Seconds per step of a training: what a longer run takes more than a shorter one, both from a fresh start."""
+    spent = []
+    for steps in (SHORT, LONG):
+        with tempfile.TemporaryDirectory() as folder:
+            spent.append(run_command([*training, "--run", f"{folder}/run", "--max_steps", str(steps)], quiet=True))
+    return max(spent[1] - spent[0], 1e-3) / (LONG - SHORT)
+
+
+class Comparison:
+    """The commands of a comparison and what they leave in its folder."""
+
+    def __init__(self, config: CompareConfig, out: Path) -> None:
+        self.config, self.out = config, out
+        for name in ("results", *(entry.name for entry in config.quantizers)):
+            (out / name).mkdir(parents=True, exist_ok=True)
+        plan = {"config": {k: v for k, v in config.to_dict().items() if k != "out"}}
+        path = out / "plan.json"
+        if path.is_file() and (before := read_json(path, UserError)) != plan:
+            changed = [k for k in plan["config"] if before.get("config", {}).get(k) != plan["config"][k]]
+            raise UserError(f"out: {out} holds a comparison with other {', '.join(changed)}; take another folder")
+        write_atomic(path, json_bytes(plan))
+
+    def result(self, name: str) -> dict[str, Any]:
+        path = self.out / "results" / f"{name}.json"
+        return read_json(path, UserError) if path.is_file() else {"name": name}
+
+    def save(self, result: dict[str, Any]) -> None:
+        write_atomic(self.out / "results" / f"{result['name']}.json", json_bytes(result))
+
+    def tokenizer(self, entry: EntryConfig) -> None:
+        """Trains and evaluates one tokenizer; nothing where it is done already."""
+        result, run = self.result(entry.name), str(self.out / entry.name / "tokenizer")
+        if "tokenizer" in result:
+            return
+        tree = yaml_io.dump(entry.quantizer.to_dict())
+        training = ["stage1_tokenizer.train", "--config", self.config.tokenizer, *self.config.data, f"--tokenizer.quantizer={tree}"]
+        if "steps" not in result:
+            result |= {"quantizer": entry.quantizer.to_dict(), "steps": max(1, round(self.config.seconds / pace(training)))}
+            self.save(result)
+        result["seconds"] = result.get("seconds", 0.0) + run_command([*training, "--run", run, "--steps", str(result["steps"])])
+        out = f"{run}/evaluation/{self.config.split}"
+        run_command(["stage1_tokenizer.evaluate", "--tokenizer", run, "--split", self.config.split, "--out", out])
+        found = read_json(Path(out) / "evaluation.json", UserError)
+        result["tokenizer"] = {"reconstruction": found["reconstruction"], "codes": found["codes"], "prefixes": found.get("prefixes", [])}
+        self.save(result)
+
+    def prior(self, name: str) -> None:
+        """Trains a prior on the codes of one tokenizer and evaluates samples; nothing where it is done already."""
+        result, folder = self.result(name), self.out / name
+        if "prior" in result:
+            return
+        tokenizer, codes, run = (str(folder / part) for part in ("tokenizer", "codes", "prior"))
+        run_command(["stage1_tokenizer.encode", "--tokenizer", tokenizer, "--out", codes])
+        training = ["stage2_prior.train", "--config", self.config.prior, "--codes", codes]
+        if "prior_steps" not in result:
+            result["prior_steps"] = max(1, round(self.config.prior_seconds / pace(training)))
+            self.save(result)
+        seconds = run_command([*training, "--run", run, "--steps", str(result["prior_steps"])])
+        result["prior_seconds"] = result.get("prior_seconds", 0.0) + seconds
+        pipeline, out = str(folder / "pipeline"), str(folder / "evaluation")
+        run_command(["pipelines.assemble", "--tokenizer", tokenizer, "--priors", run, "--out", pipeline])
+        data = read_run_data(Path(tokenizer))
+        features = ["--features", self.config.features] if self.config.features else []
+        evaluation = ["--split", self.config.split, "--n", str(self.config.samples), "--out", out, *features]
+        run_command(["pipelines.evaluate", "--pipeline", pipeline, f"--data={data}", *evaluation])
+        found = read_json(Path(out) / "evaluation.json", UserError, 1 << 24)
+        result["prior"] = {"bits": found["bits"], "samples": found["samples"]}
+        self.save(result)
+
+    def report(self) -> None:
+        """report.md and curve.png of what is there."""
+        results = [self.result(entry.name) for entry in self.config.quantizers]
+        done = [result for result in results if "tokenizer" in result]
+        write_atomic(self.out / "report.md", report(done).encode())
+        curve(self.out / "curve.png", done)
+
+    def chosen(self) -> list[str]:
+        """The best by PSNR."""
+        ranked = [entry.name for entry in self.config.quantizers if entry.ranked]
+        return sorted(ranked, key=lambda name: -self.result(name)["tokenizer"]["reconstruction"]["psnr"])[: self.config.best]
+
+
+def read_run_data(run: Path) -> str:
+    """The data of a tokenizer's run, as a flag takes it."""
+    return yaml_io.dump(yaml_io.load((run / "config.yaml").read_text())["data"])
+
+
+def compare(config: CompareConfig, flags: Flags) -> None:
+    """All tokenizers, then the priors of the best, each only where it is not done yet."""
+    if flags.max_steps is not None or flags.resume is not None:
+        raise UserError("--max_steps, --resume: a comparison has no steps of its own; the same command goes on")
+    if flags.check or flags.dry_run:
+        priors = config.best if config.prior else 0
+        print(f"{len(config.quantizers)} quantisers of {config.seconds:g} s, {priors} priors of {config.prior_seconds:g} s")
+        return
+    comparison = Comparison(config, check_folder(config.out))
+    for entry in config.quantizers:
+        comparison.tokenizer(entry)
+        comparison.report()
+    if config.prior:
+        for name in comparison.chosen():
+            comparison.prior(name)
+            comparison.report()
+    print((Path(config.out) / "report.md").read_text())
+
+
+def main(argv: list[str] | None = None) -> None:
+    compare(*parse(CompareConfig, argv, program=PROGRAM))
+
+
+if __name__ == "__main__":
+    run_main(main)

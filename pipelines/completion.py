@@ -1,0 +1,148 @@
+"""Completing signals: what a mask leaves open is drawn by the priors, given all that is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipelines.drawing import draw_codes
+from pipelines.fit import whole
+from pipelines.labels import Label
+from pipelines.masks import check_mask, check_size, enlarged, generated_share, kept_cells
+from pipelines.options import describe
+from pipelines.outputs import from_public
+from pipelines.parts import PipelineParts
+
+
+class Completions(PipelineParts):
+    """``complete`` and what is made of it.
+
+    All take these arguments beside their own:
+
+    - ``n``: completions of each signal; those of one signal follow each other in the result.
+    - ``label``: one for all, or one for each signal. None is the priors' learned null: what is known speaks for itself. Priors
+      trained with labels always present need one.
+    - ``first``: the number of the first completion. Completion i of a seed is the same in any batch, so that those of later
+      signals come alone with ``first`` = n times the number of signals left out.
+    - ``seed``, ``batch_size``, ``progress`` and sampling options as in ``sample``.
+
+    A cell of any level is drawn if its patch touches the mask; all others keep the codes of ``encode(x)`` exactly. What ``x`` holds
+    under the mask matters as far as the encoder sees across its border. MaskGIT takes any mask. Autoregressive priors take one that
+    leaves a prefix of the order in which they draw: of an image, whole rows to its end; of several levels in one sequence, whole
+    levels. Which prior cannot is said before any draw.
+    """
+
+    def complete_codes(
+        self,
+        codes: Sequence[Tensor],
+        keep: Sequence[Tensor],
+        *,
+        n: int = 1,
+        label: Label | None = None,
+        first: int = 0,
+        seed: int | None = None,
+        batch_size: int | None = None,
+        progress: bool | None = None,
+        **options: Any,
+    ) -> list[Tensor]:
+        """Codes of the levels that the priors model, each (n * rows, *grid) int64, on the pipeline's device.
+
+        Args:
+            codes: one (rows, *grid) int64 tensor per level; values outside of ``keep`` have no meaning.
+            keep: one (rows, *grid) bool tensor per level, True where the code stays.
+
+        Raises:
+            ValueError: naming the argument, and the prior that cannot complete what ``keep`` leaves open; before any draw.
+        """
+        stop = self.priors[-1].levels.stop
+        codes, keep = [c.to(self.device) for c in codes[:stop]], [k.to(self.device) for k in keep[:stop]]
+        counts = [len(t) for t in (*codes, *keep)]
+        if len(codes) != stop or len(keep) != stop or len(set(counts)) != 1 or counts[0] == 0:
+            raise ValueError(f"codes, keep: rows {counts}; expected equally many, at least 1, for each of {stop} levels")
+        rows, n = len(codes[0]), whole("n", n, 1)
+        arguments = {"progress": progress, "options": options, "labelled": label is not None}
+        request = self._checked(n * rows, first, seed, batch_size, **arguments)
+        given = self._given_labels(label, rows)
+        self._check_known(codes, keep, given is not None)
+        if given is not None:
+            request = replace(request, label_of=lambda ids: given[(ids.cpu() - request.first) // n])
+        self.last_seed = request.seed
+        parts = []
+        for ids in request.batches():
+            row = ((ids - request.first) // n).to(self.device)
+            known = ([c[row] for c in codes], [k[row] for k in keep])
+            parts.append(draw_codes(self.priors, ids, request, self.micro_batch, known))
+        return [torch.cat(level) for level in zip(*parts, strict=True)]
+
+    def _check_known(self, codes: Sequence[Tensor], keep: Sequence[Tensor], labelled: bool) -> None:
+        for prior in self.priors:
+            own = slice(prior.levels.start, prior.levels.stop)
+            if prior.conditional and not labelled and not prior.has_null:
+                raise ValueError(f"label: none; {describe(prior)} was trained with labels always present (cond_dropout 0) and needs one")
+            try:
+                prior.check_known((codes[own], keep[own]))
+            except ValueError as error:
+                raise ValueError(f"mask: {describe(prior)} cannot complete it: {error}") from None
+
+    def complete(self, x: Tensor, mask: Tensor, *, n: int = 1, **arguments: Any) -> Tensor:
+        """Signals (n * rows, C, *axes) on the CPU, decoded from known and drawn codes.
+
+        Args:
+            x: (rows, C, *axes) in [0, 1], of the size that the priors were trained for.
+            mask: (rows, 1, *axes) bool, True where to generate.
+
+        Raises:
+            ValueError: naming the argument, before any draw.
+        """
+        check_size(x, self.signal)
+        from_public(x, self.signal)  # refuses what is no signal
+        if len(x) == 0:
+            raise ValueError(f"x: shape {tuple(x.shape)}; expected at least one signal")
+        check_mask(mask, len(x), self.signal)
+        keep = [kept_cells(mask.to(self.device), level.shape) for level in self.spec.levels]
+        return self.decode(self.complete_codes(self.encode(x), keep, n=n, **arguments)).cpu()
+
+    def inpaint(self, x: Tensor, mask: Tensor, *, blend: int = 0, n: int = 1, **arguments: Any) -> Tensor:
+        """``complete``, with the known samples of ``x`` put back: exactly, but for a seam of ``blend`` samples that mixes both.
+
+        Args:
+            blend: at least 0.
+        """
+        blend = whole("blend", blend, 0)
+        y = self.complete(x, mask, n=n, **arguments)
+        share = generated_share(mask.cpu(), blend).to(y.dtype).repeat_interleave(n, 0)
+        known = x.detach().to("cpu", y.dtype).repeat_interleave(n, 0)
+        return known * (1 - share) + y * share
+
+    def outpaint(self, x: Tensor, margins: Sequence[tuple[int, int]], *, blend: int = 0, **arguments: Any) -> Tensor:
+        """``inpaint`` of what lies around ``x``, on a canvas of the size that the priors were trained for.
+
+        Args:
+            x: (rows, C, *axes) in [0, 1], smaller than that along at least one axis.
+            margins: for each axis (before, after), what to add: ``[(0, 14), (0, 0)]`` adds 14 rows below an image.
+        """
+        canvas, mask = enlarged(x, margins, self.signal)
+        return self.inpaint(canvas, mask, blend=blend, **arguments)
+
+    def variations(self, x: Tensor, redraw: int | str, **arguments: Any) -> Tensor:
+        """Signals that share the codes of ``x`` above a level, with that level and those below it drawn anew.
+
+        Args:
+            x: (rows, C, *axes) in [0, 1], of the size that the priors were trained for.
+            redraw: the coarsest level that is drawn, by name or index.
+        """
+        check_size(x, self.signal)
+        start = self._level(redraw)
+        codes = self.encode(x)
+        keep = [torch.full_like(c, i < start, dtype=torch.bool) for i, c in enumerate(codes)]
+        return self.decode(self.complete_codes(codes, keep, **arguments)).cpu()
+
+    def _level(self, level: int | str) -> int:
+        names = [each.name for prior in self.priors for each in prior.own]
+        if isinstance(level, str) and level not in names:
+            raise ValueError(f"redraw: unknown level {level!r}; the levels are {', '.join(names)}")
+        return names.index(level) if isinstance(level, str) else whole("redraw", level, 0, len(names) - 1)

@@ -1,0 +1,164 @@
+"""Watches the codes during training: usage, perplexity, drift and dead codes; an alarm on collapse, and remedies that apply themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from intarsia.cli import RunError
+from intarsia.config import Config, Place
+from intarsia.distributed import Comm
+from stage1_tokenizer.advice import COLLAPSE
+from stage1_tokenizer.metrics import code_statistics
+from stage1_tokenizer.quantizers.base import Quantizer
+from stage1_tokenizer.symptoms import LARGEST_CODEBOOK, code_vectors, level_quantizers
+from stage1_tokenizer.tokenizers.base import Tokenizer
+
+
+class HealthConfig(Config):
+    """When to worry about the codes, and what then."""
+
+    every: Annotated[int, Field(ge=1)] = 500
+    """Look at all codes since the last look, every so many steps."""
+    usage: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Fewer codes than this share of the codebook, used since the last look, are a collapse."""
+    collapse: Literal["warn", "auto", "stop"] = "warn"
+    """warn says what to try; auto applies what can be applied in the middle of a training, one remedy at each look, and says so;
+    stop ends the run."""
+    quiet: Place[bool] = False
+    """Log the figures, print nothing."""
+
+
+class Health(nn.Module):
+    """Counts the codes of every level between two looks. Its state belongs into checkpoints; nothing of it waits for a device
+    but a look.
+
+    Attributes:
+        stage: () int64, how many remedies were applied to each level.
+    """
+
+    stage: Tensor
+
+    def __init__(self, config: HealthConfig, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.config = config
+        self.levels = tokenizer.level_specs()
+        self.register_buffer("stage", torch.zeros(len(self.levels), dtype=torch.int64))
+        for i, level in enumerate(self.levels):
+            self.register_buffer(f"counts_{i}", torch.zeros(level.vocab, dtype=torch.int64))  # of all ranks, as of the last fold
+            self.register_buffer(f"local_{i}", torch.zeros(level.vocab, dtype=torch.int64), persistent=False)
+            if level.vocab <= LARGEST_CODEBOOK:
+                self.register_buffer(f"vectors_{i}", torch.zeros(0))
+
+    def _buffer(self, name: str, i: int) -> Tensor:
+        found = getattr(self, f"{name}_{i}")
+        assert isinstance(found, Tensor)
+        return found
+
+    def fold(self, comm: Comm) -> None:
+        """Makes the counts those of all ranks, as a checkpoint wants its state. Each rank calls it."""
+        for i in range(len(self.levels)):
+            local = self._buffer("local", i)
+            self._buffer("counts", i).add_(comm.all_reduce_sum_(local.clone()))
+            local.zero_()
+
+    @torch.no_grad()
+    def count(self, codes: Sequence[Tensor]) -> None:
+        """codes: (B, *grid) int64 of each level, of a micro-batch that counts."""
+        for i, c in enumerate(codes):
+            flat = c.flatten()
+            self._buffer("local", i).index_add_(0, flat, torch.ones_like(flat))
+
+    def due(self, step: int) -> bool:
+        return (step + 1) % self.config.every == 0
+
+    @torch.no_grad()
+    def look(self, tokenizer: Tokenizer, comm: Comm, reinitialize: Callable[[], None], say: Callable[[str], None]) -> dict[str, Tensor]:
+        """Figures of all codes since the last look, over the ranks; acts on a collapse as configured. Each rank calls it.
+
+        Args:
+            reinitialize: sets the codebooks that ask for it from data, as at the start of a training.
+            say: prints a line on the main process.
+
+        Returns:
+            health/usage, health/perplexity, health/dead and health/drift of each level. Drift is the root mean square distance that
+            the codes' vectors went since the last look, as a share of their own root mean square.
+
+        Raises:
+            RunError: collapse is "stop" and it has.
+        """
+        signal = tokenizer.signal
+        zeros = torch.zeros(1, signal.channels, *signal.shape, device=tokenizer.device, dtype=tokenizer.dtype)
+        quantizers = level_quantizers(tokenizer, zeros)
+        figures: dict[str, Tensor] = {}
+        collapsed: list[tuple[int, str]] = []
+        self.fold(comm)
+        for i, (level, quantizer) in enumerate(zip(self.levels, quantizers, strict=True)):
+            counts = self._buffer("counts", i).clone()
+            self._buffer("counts", i).zero_()
+            suffix = f"/{level.name}" if len(self.levels) > 1 else ""
+            if counts.sum() == 0:
+                continue
+            found = code_statistics(counts, level)
+            open_codes = quantizer.codes_in_use(level.vocab)
+            reachable = min(open_codes, found.codes)
+            facts = {"usage": found.used / open_codes, "perplexity": found.perplexity, "dead": open_codes - found.used}
+            drift = self._drift(i, quantizer)
+            facts |= {} if drift is None else {"drift": drift}
+            figures |= {f"health/{name}{suffix}": torch.tensor(float(value)) for name, value in facts.items()}
+            if found.used < self.config.usage * reachable:
+                collapsed.append((i, f"level {level.name}: {found.used} of {open_codes} codes used in the last {self.config.every} steps"))
+        if collapsed:
+            self._act(collapsed, quantizers, reinitialize, say)
+        return figures
+
+    def _drift(self, i: int, quantizer: Quantizer) -> float | None:
+        vectors = code_vectors(quantizer, self.levels[i])
+        if vectors is None:
+            return None
+        before = getattr(self, f"vectors_{i}")
+        setattr(self, f"vectors_{i}", vectors.clone())
+        if before.shape != vectors.shape:
+            return None
+        return float((vectors - before).square().mean().sqrt() / before.square().mean().sqrt().clamp_min(1e-12))
+
+    def _act(self, collapsed: list[tuple[int, str]], quantizers: list[Quantizer], reinitialize: Callable[[], None], say: Any) -> None:
+        tell = (lambda line: None) if self.config.quiet else say
+        if self.config.collapse == "stop":
+            raise RunError(f"collapse: {'; '.join(what for _, what in collapsed)}; try: {COLLAPSE}")
+        applied = False
+        for i, what in collapsed:
+            remedies = quantizers[i].remedies()
+            stage = int(self.stage[i])
+            if self.config.collapse == "warn":
+                tell(f"collapse: {what}; try: {COLLAPSE}, or health.collapse: auto")
+            elif stage >= len(remedies):
+                tell(f"collapse: {what}; all remedies are applied ({', '.join(remedies) or 'there is none for it'}); try: {COLLAPSE}")
+            else:
+                quantizers[i].remedy(remedies[stage])
+                self.stage[i] += 1
+                applied = True
+                tell(f"collapse: {what}; applied: {remedies[stage]}")
+        if applied:
+            reinitialize()
+
+    def restore(self, tokenizer: Tokenizer) -> None:
+        """After a resumption: what was applied holds again. A codebook is not set anew."""
+        signal = tokenizer.signal
+        zeros = torch.zeros(1, signal.channels, *signal.shape, device=tokenizer.device, dtype=tokenizer.dtype)
+        if not bool(self.stage.any()):
+            return
+        for quantizer, stage in zip(level_quantizers(tokenizer, zeros), self.stage.tolist(), strict=True):
+            for remedy in quantizer.remedies()[:stage]:
+                quantizer.remedy(remedy, again=True)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """The vectors of the last look have the size of the codebook, or none before the first look."""
+        for i in range(len(self.levels)):
+            if (saved := state_dict.get(f"{prefix}vectors_{i}")) is not None:
+                setattr(self, f"vectors_{i}", torch.zeros_like(saved, device=self.stage.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,71 @@
+"""A layer from elsewhere as a Quantizer: two small functions say how it is called."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from intarsia.rng import StepRng
+from intarsia.specs import LevelSpec
+from stage1_tokenizer.quantizers.base import Quantized, Quantizer
+
+
+class Adapter(Quantizer):
+    """Calls ``layer`` on (B, N, D) latents, the grid flattened.
+
+    What the layer does to itself in its forward, it does: ``update`` does nothing, and ``initialize`` is one forward in training.
+
+    Args:
+        layer: the module under test; it is a submodule, so that its state is the adapter's.
+        dim: D.
+        vocabs: the size of each map of codes.
+        quantize: (layer, (B, N, D)) -> (quantised latents (B, N, D), one (B, N) tensor of codes for each map, loss ()).
+        decode: (layer, the maps (B, N)) -> (B, N, D).
+    """
+
+    type_name = "adapter"
+    initialized: Tensor
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        dim: int,
+        vocabs: tuple[int, ...],
+        quantize: Callable[[nn.Module, Tensor], tuple[Tensor, tuple[Tensor, ...], Tensor]],
+        decode: Callable[[nn.Module, tuple[Tensor, ...]], Tensor],
+    ) -> None:
+        super().__init__()
+        self.layer, self.dim, self.vocabs = layer, dim, vocabs
+        self._quantize, self._decode = quantize, decode
+        self.register_buffer("initialized", torch.tensor(False))
+
+    def extra_repr(self) -> str:
+        return type(self.layer).__name__
+
+    def level_specs(self, name: str, grid: tuple[int, ...]) -> tuple[LevelSpec, ...]:
+        names = [name] if len(self.vocabs) == 1 else [f"{name}/{i}" for i in range(len(self.vocabs))]
+        return tuple(LevelSpec(level, vocab, grid) for level, vocab in zip(names, self.vocabs, strict=True))
+
+    @torch.no_grad()
+    def initialize(self, z: Tensor, rng: StepRng) -> None:
+        if not bool(self.initialized):
+            self.layer.train()
+            self._quantize(self.layer, z[None])
+            self.initialized.fill_(True)
+
+    def forward(self, z: Tensor, rng: StepRng | None = None, active: Tensor | None = None) -> Quantized:
+        grid = z.shape[2:]
+        z_q, codes, loss = self._quantize(self.layer, z.flatten(2).movedim(1, -1))
+        return Quantized(
+            z_q.movedim(-1, 1).reshape(len(z), -1, *grid),
+            tuple(c.reshape(len(z), *grid) for c in codes),
+            loss if torch.is_tensor(loss) and loss.ndim == 0 else torch.as_tensor(loss).sum(),
+        )
+
+    def decode(self, codes: tuple[Tensor, ...], depth: Tensor | None = None) -> Tensor:
+        grid = codes[0].shape[1:]
+        z_q = self._decode(self.layer, tuple(c.reshape(len(c), math.prod(grid)) for c in codes))
+        return z_q.movedim(-1, 1).reshape(len(z_q), -1, *grid)

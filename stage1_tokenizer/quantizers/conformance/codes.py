@@ -1,0 +1,145 @@
+"""Checks of what codes are: their shapes and range, what they decode to, how they are chosen."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+import stage1_tokenizer.quantizers.conformance.basics  # noqa: F401  its checks stand before these
+from stage1_tokenizer.quantizers.base import Quantizer
+from stage1_tokenizer.quantizers.conformance.compare import equal, require
+from stage1_tokenizer.quantizers.conformance.kit import conformance
+from stage1_tokenizer.quantizers.conformance.report import Skipped, Violation
+from stage1_tokenizer.quantizers.conformance.subject import GRIDS, SAMPLES, Subject, rng
+
+HALVES = (torch.bfloat16, torch.float16)
+_MOST_PAIRS = 1 << 22
+
+
+@conformance("forward_is_pure")
+def round_trip(s: Subject) -> str | None:
+    """decode(codes, depth) is exactly the z that forward returned, in train and in eval mode."""
+    for training in (False, True):
+        q = s.fresh(training=training)
+        if training and q.soft:
+            return "train mode is soft: no code stands for z there"
+        for grid, z in ((grid, s.latents(5, grid, seed=1)) for grid in GRIDS):
+            out = q(z, rng(0, 5))
+            equal(q.decode(out.codes, out.depth), out.z, f"{'train' if training else 'eval'} mode, grid {grid}: decode(codes) against z")
+    return None
+
+
+@conformance("round_trip")
+def prefixes(s: Subject) -> str | None:
+    """A leading part of the codes decodes to what all of them do at that depth."""
+    q = s.fresh(training=False)
+    counts = q.prefixes()
+    if counts == (1,):
+        raise Skipped("it has one map of codes")
+    out = q(s.latents(5, (6,), seed=2), rng(0, 5))
+    require(counts[-1] == len(out.codes), f"prefixes {counts} for {len(out.codes)} maps")
+    errors = []
+    for depth, count in enumerate(counts, 1):
+        decoded = q.decode(out.codes[:count])
+        if len(counts) > 1:
+            equal(decoded, q.decode(out.codes, torch.full((5,), depth)), f"the first {count} maps against depth {depth}")
+        errors.append(float((decoded - out.z).detach().square().mean()))
+    require(errors == sorted(errors, reverse=True), f"more maps come no nearer to z: {errors}")
+    for count in set(range(1, len(out.codes))) - set(counts):
+        try:
+            q.decode(out.codes[:count])
+        except (ValueError, AssertionError):
+            continue
+        raise Violation(f"decode takes {count} maps, which prefixes {counts} does not list")
+    return None
+
+
+@conformance("forward_is_pure")
+def neighbours(s: Subject) -> str | None:
+    """A sample's codes do not depend on its batch: whole and in chunks they are the same."""
+    cells = max(8, math.ceil(min(20000, 3 * (1 << 20) // s.vocab) / SAMPLES))
+    for training, z in ((False, s.latents(SAMPLES, (cells,), seed=4)), (True, s.batch(4))):
+        q = s.fresh(training=training)
+        whole = q(z, rng(0, SAMPLES)).codes
+        for rows in (slice(0, 1), slice(1, 7), slice(7, 12)):
+            part = z[rows]
+            codes = q(part, rng(0, len(part), rows.start)).codes
+            for a, b in zip(codes, whole, strict=True):
+                if not torch.equal(a, b[rows]):
+                    _require_ties(s, q, part, (codes, tuple(w[rows] for w in whole)), training)
+    return None
+
+
+def _require_ties(s: Subject, q: Quantizer, z: Tensor, both: tuple[tuple[Tensor, ...], tuple[Tensor, ...]], training: bool) -> None:
+    """Codes that differ are equally near; matrix products of other sizes may round otherwise."""
+    differing = sum(int((a != b).sum()) for a, b in zip(*both, strict=True))
+    message = f"{'train' if training else 'eval'} mode: {differing} codes depend on the rest of the batch"
+    require(s.traits.choices is not None and not training, message)
+    for codes in both:
+        require(all(bool((excess <= 1e-6).all()) for excess in _excess(s, q, z, codes)), message)
+
+
+@conformance("round_trip", "neighbours")
+def nearest(s: Subject) -> str | None:
+    """The chosen code's float64 distance is within 1e-6 (relative) of the brute-force minimum."""
+    if s.traits.choices is None:
+        raise Skipped("its codes are not known to be chosen by distance")
+    q = s.fresh(training=False)
+    z = s.latents(SAMPLES, (max(2, min(60, _MOST_PAIRS // (SAMPLES * s.vocab))),), seed=3)
+    for excess in _excess(s, q, z, q(z).codes):
+        worst = float(excess.max())
+        require(worst <= 1e-6, f"a chosen code is farther than the nearest by {worst:.3g} (relative; at most 1e-6)")
+    return None
+
+
+def _excess(s: Subject, q: Quantizer, z: Tensor, codes: tuple[Tensor, ...]) -> list[Tensor]:
+    """For each choice by distance (N,): by how much the chosen distance exceeds the least, relative to the sizes in the comparison."""
+    assert s.traits.choices is not None
+    found = []
+    for choice in s.traits.choices(q, z, codes):
+        rows, table = choice.rows.detach().double(), choice.table.detach().double()
+        distance = torch.cdist(rows, table, compute_mode="donot_use_mm_for_euclid_dist").square()
+        chosen = distance.gather(1, choice.codes[:, None])[:, 0]
+        found.append((chosen - distance.amin(1)) / (distance.amin(1) + rows.square().sum(1)).clamp_min(1e-12))
+    return found
+
+
+@conformance("forward_is_pure")
+def half_precision(s: Subject) -> str | None:
+    """bf16 and fp16 latents up to 1e3 get the codes of their float32 copy, under autocast too; nothing overflows."""
+    for dtype in HALVES:
+        z = (s.batch(5) * 300).clamp(-1000, 1000).to(dtype)
+        for training in (False, True):
+            q = s.fresh(training=training)
+            full = q(z.float(), rng(0, SAMPLES))
+            with torch.autocast("cpu", torch.bfloat16):
+                half = q(z, rng(0, SAMPLES))
+            for a, b in zip(half.codes, full.codes, strict=True):
+                equal(a, b, f"codes of {dtype} latents against those of their float32 copy")
+            wide = not s.traits.wide or half.z.dtype == half.loss.dtype == torch.float32
+            require(wide, f"{dtype}: z is {half.z.dtype}, the loss {half.loss.dtype}; expected float32")
+            require(bool(torch.isfinite(half.z).all() & torch.isfinite(half.loss)), f"{dtype}: z or loss overflows")
+    return None
+
+
+@conformance("shapes")
+def bad_codes(s: Subject) -> str | None:
+    """decode refuses codes outside [0, vocab), other integer types and a wrong number of maps."""
+    q = s.fresh(training=False)
+    levels = q.level_specs("name", (3,))
+    good = tuple(torch.zeros(2, 3, dtype=torch.int64) for _ in levels)
+    q.decode(good)
+    values = {"-1": -1, "vocab": levels[-1].vocab}
+    cases = {f"the code {name}": (*good[:-1], torch.full_like(good[-1], value)) for name, value in values.items()}
+    cases |= {"one map too many": (*good, good[0]), "int32 codes": (*good[:-1], good[-1].int())}
+    for name, codes in cases.items():
+        try:
+            q.decode(codes)
+        except ValueError:
+            continue
+        except Exception as error:
+            raise Violation(f"{name}: {type(error).__name__} instead of a ValueError that says so") from None
+        raise Violation(f"{name}: decode takes it")
+    return None

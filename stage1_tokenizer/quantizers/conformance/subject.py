@@ -1,0 +1,95 @@
+"""The quantiser under test: fresh copies of one and the same start, and latents to feed it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from intarsia.distributed import Comm, comm
+from intarsia.rng import StepRng
+from stage1_tokenizer.quantizers.base import Quantized, Quantizer
+from stage1_tokenizer.quantizers.conformance.traits import Traits, table_of
+
+SAMPLES = 12
+GRIDS = ((5,), (3, 4), (2, 3, 2))
+_MOST_ROWS = 16384
+
+
+class Subject:
+    """Makes quantisers and runs them.
+
+    Attributes:
+        name: for the report.
+        traits: what it promises beyond the interface.
+        processes: two ranks are real processes.
+        vocab: the largest vocabulary of its maps.
+        grid: of the usual batch of 12 samples, large enough that every code has some use.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Quantizer], traits: Traits, processes: bool) -> None:
+        self.name, self.make, self.traits, self.processes = name, make, traits, processes
+        self._start = self.build()
+        self.dim = self._start.dim
+        self.vocab = max(level.vocab for level in self._start.level_specs("codes", (1,)))
+        self.grid = (math.ceil(min(_MOST_ROWS, max(360, 12 * self.vocab)) / SAMPLES),)
+        self._start.initialize(self.latents(SAMPLES, self.grid, seed=90).movedim(1, -1).flatten(0, -2), rng(0, SAMPLES))
+        self._start.train()
+
+    def build(self, seed: int = 0) -> Quantizer:
+        """As the constructor leaves it."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.make()
+
+    def fresh(self, dtype: torch.dtype = torch.float32, training: bool = True) -> Quantizer:
+        """A copy of the same initialised quantiser each time."""
+        return copy.deepcopy(self._start).to(dtype).train(training)
+
+    def latents(self, n: int, grid: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(n, D, *grid) standard normal."""
+        return StepRng(seed, 0, torch.arange(n)).normal("conformance", self.dim, *grid).to(dtype)
+
+    def batch(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The usual batch."""
+        return self.latents(SAMPLES, self.grid, seed, dtype)
+
+    def far(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A batch far away from where the codebook was initialised."""
+        return self.batch(seed, dtype) + 40.0
+
+    def table(self, quantizer: Quantizer) -> Tensor:
+        """(K, D) what the codes of a quantiser with one map stand for."""
+        return table_of(quantizer).detach().clone()
+
+    def usage(self, quantizer: Quantizer, z: Tensor) -> float:
+        """The share of codes that a batch uses, in eval mode: the least of all maps, or of their one table."""
+        training = quantizer.training
+        codes = quantizer.eval()(z).codes
+        quantizer.train(training)
+        if self.traits.one_table:
+            return torch.cat([c.flatten() for c in codes]).unique().numel() / self.vocab
+        sizes = [level.vocab for level in quantizer.level_specs("name", tuple(z.shape[2:]))]
+        return min(c.unique().numel() / size for c, size in zip(codes, sizes, strict=True))
+
+    def step(self, quantizer: Quantizer, z: Tensor, step: int, comm: Comm = comm, splits: tuple[int, ...] = (SAMPLES,)) -> list[Quantized]:
+        """One training step over ``z`` in micro-batches of the given sizes; what each gave."""
+        outs, start = [], 0
+        for size in splits:
+            outs.append(quantizer(z[start : start + size], rng(step, size, start)))
+            start += size
+        quantizer.update(rng(step, 1), comm)
+        return outs
+
+
+def rng(step: int, n: int, start: int = 0) -> StepRng:
+    """The draws of samples start ... start + n - 1."""
+    return StepRng(0, step, torch.arange(start, start + n))
+
+
+def state(quantizer: Quantizer) -> dict[str, Tensor]:
+    """A copy of everything that a checkpoint would hold."""
+    return {name: tensor.detach().clone() for name, tensor in quantizer.state_dict().items()}

@@ -1,0 +1,152 @@
+"""Gumbel-Softmax quantisation (Jang et al. 2016, arXiv:1611.01144), as in DALL-E (Ramesh et al. 2021, arXiv:2102.12092)."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from intarsia.rng import StepRng
+from stage1_tokenizer.quantizers.base import (
+    QUANTIZERS,
+    Quantized,
+    QuantizerConfig,
+    active_mean,
+    at_least_float32,
+    check_finite,
+    check_latents,
+    straight_through,
+)
+from stage1_tokenizer.quantizers.codebook import CodebookQuantizer
+from stage1_tokenizer.quantizers.search import kmeans
+
+_NOISE_CELLS = 1 << 18  # draws made at once: the hash works on 64-bit integers
+
+
+class GumbelConfig(QuantizerConfig):
+    """K codes in D dimensions that are drawn in training and chosen afterwards."""
+
+    codes: Annotated[int, Field(ge=1)] = 512
+    """Codebook size K."""
+    dim: Annotated[int, Field(ge=1)] = 32
+    """D, of the latents and of the codes' vectors."""
+    logits: Literal["distance", "linear"] = "distance"
+    """-|z_e - e_j|^2, or a linear head of its own (which starts as the distance)."""
+    hard: bool = True
+    """In training z is the vector of the code drawn, with the mixture's gradient; otherwise the mixture itself."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """tau of the first step."""
+    temperature_end: Annotated[float, Field(gt=0)] = 0.0625
+    """tau of the last."""
+    temperature_steps: Annotated[int, Field(ge=1)] = 5000
+    """Steps from the one to the other, by a constant factor."""
+    kl: Annotated[float, Field(ge=0)] = 5e-4
+    """Weight of KL(softmax(logits) | uniform), in nats per position; 0 = off."""
+    init: Literal["kmeans", "normal"] = "kmeans"
+    """k-means of the first latents, or N(0, 1/D)."""
+
+
+@QUANTIZERS.register("gumbel", GumbelConfig)
+class Gumbel(CodebookQuantizer):
+    """y = softmax((logits + g) / tau) with Gumbel noise g, and z = sum_j y_j e_j (soft) or e_k with k = argmax y (hard).
+
+    tau(t) = tau_0 (tau_1 / tau_0)^min(1, t / T) with t = ``rng.step``; the noise is a function of (seed, step, sample, position, code).
+    In eval mode k = argmax of the logits, without noise, and z = e_k: then ``decode(codes)`` is z. So it is in training, where hard;
+    a soft z is a mixture that no code stands for, and its codes are those drawn.
+
+    The relaxation needs y for every code: N x K floats are kept for the backward pass, which no vector quantiser here does otherwise.
+    The codebook learns from the decoder's gradient and through the logits.
+    """
+
+    initialized: Tensor
+
+    def __init__(self, config: GumbelConfig) -> None:
+        super().__init__(config.codes, config.dim)
+        self.config = config
+        self.soft = not config.hard
+        self.codebook = nn.Parameter(torch.randn(config.codes, config.dim) * config.dim**-0.5)
+        self.head = nn.Linear(config.dim, config.codes) if config.logits == "linear" else None
+        self.register_buffer("initialized", torch.tensor(config.init == "normal"))
+        self._start_head()
+
+    def extra_repr(self) -> str:
+        return f"K={self.config.codes}, D={self.config.dim}, {self.config.logits}, {'hard' if self.config.hard else 'soft'}"
+
+    def vectors(self) -> Tensor:
+        return self.codebook
+
+    @torch.no_grad()
+    def _start_head(self) -> None:
+        """2 z.e_j - |e_j|^2: the distance up to a constant of z, which no softmax sees."""
+        if self.head is not None:
+            self.head.weight.copy_(2 * self.codebook)
+            self.head.bias.copy_(-self.codebook.square().sum(1))
+
+    @torch.no_grad()
+    def initialize(self, z: Tensor, rng: StepRng) -> None:
+        if bool(self.initialized):
+            return
+        self._check_first(z)
+        self.codebook.copy_(kmeans(z.to(self.codebook.dtype), self.codes, rng)[0])
+        self._start_head()
+        self.initialized.fill_(True)
+
+    def temperature(self, step: int) -> float:
+        """tau(step)."""
+        c = self.config
+        return float(c.temperature * math.exp(min(1.0, step / c.temperature_steps) * math.log(c.temperature_end / c.temperature)))
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """(..., D) to (..., K), up to a constant of each row."""
+        if self.head is not None:
+            return F.linear(rows, self.head.weight.to(rows.dtype), self.head.bias.to(rows.dtype))
+        vectors = self.codebook.to(rows.dtype)
+        return F.linear(rows, 2 * vectors, -vectors.square().sum(1))
+
+    def forward(self, z: Tensor, rng: StepRng | None = None, active: Tensor | None = None) -> Quantized:
+        check_latents(z, self.dim)
+        if self.training and rng is None:
+            raise ValueError("rng: a StepRng is needed in training: Gumbel noise and the temperature come from it")
+        batch, grid = z.shape[0], z.shape[2:]
+        with torch.autocast(z.device.type, enabled=False):
+            rows = at_least_float32(z).movedim(1, -1).reshape(batch, -1, self.dim)
+            finite = check_finite(rows, self.training)
+            logits, vectors = self.logits(rows), self.codebook.to(rows.dtype)
+            log_q = torch.log_softmax(logits, -1)
+            kl = active_mean((log_q.exp() * log_q).sum(-1) + math.log(self.codes), active)
+            stats = {"kl": kl.detach()}
+            if self.training:
+                assert rng is not None
+                tau = self.temperature(rng.step)
+                noisy = (logits + gumbel_noise(rng, rows.shape[1], self.codes, rows)) / tau
+                codes = noisy.detach().argmax(-1)
+                z_q = self._mix(torch.softmax(noisy, -1), codes, vectors)
+                stats["temperature"] = torch.full((), tau, dtype=rows.dtype, device=z.device)
+                self._count(rows.reshape(-1, self.dim), codes.flatten(), batch, finite, active, rng)
+            else:
+                codes = logits.argmax(-1)
+                z_q = vectors[codes]
+            stats["quantization_error"] = active_mean((rows - z_q).detach().square(), active)
+        z_q = z_q.view(batch, *grid, self.dim).movedim(-1, 1)
+        return Quantized(z_q, (codes.view(batch, *grid),), self.config.kl * kl, stats)
+
+    def _mix(self, y: Tensor, codes: Tensor, vectors: Tensor) -> Tensor:
+        """sum_j y_j e_j; where hard e_k, with the gradient of a one-hot y that passes straight through to the soft one."""
+        if not self.config.hard:
+            return y @ vectors
+        chosen = vectors[codes]
+        return straight_through(y @ vectors.detach(), chosen.detach()) + (chosen - chosen.detach())
+
+
+def gumbel_noise(rng: StepRng, positions: int, codes: int, like: Tensor) -> Tensor:
+    """(B, positions, K) standard Gumbel noise, made a few samples at a time: the 64-bit hash would take many times its memory."""
+    noise = like.new_empty((rng.index.shape[0], positions, codes))
+    size = max(1, _NOISE_CELLS // (positions * codes))
+    for start in range(0, noise.shape[0], size):
+        part = StepRng(rng.seed, rng.step, rng.index[start : start + size].to(like.device))
+        noise[start : start + size] = part.gumbel("gumbel", positions, codes)
+    return noise

@@ -1,0 +1,141 @@
+"""Residual quantisation (Zeghidour et al. 2021, arXiv:2107.03312; Lee et al. 2022, arXiv:2203.01941): each stage quantises what the
+stages before it left."""
+
+from __future__ import annotations
+
+import copy
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from intarsia.rng import StepRng
+from stage1_tokenizer.quantizers.base import (
+    QUANTIZERS,
+    Quantized,
+    Quantizer,
+    QuantizerConfig,
+    active_mean,
+    at_least_float32,
+    check_latents,
+    straight_through,
+)
+from stage1_tokenizer.quantizers.composite import Composite, named
+from stage1_tokenizer.quantizers.vq import VQConfig
+
+
+class ResidualConfig(QuantizerConfig):
+    """L stages of one configuration, one after the other."""
+
+    stages: Annotated[int, Field(ge=1, le=64)] = 4
+    """L: the maps of codes per position, where ``inner`` has one."""
+    shared: bool = False
+    """One codebook for all stages (Lee et al.), instead of one each (Zeghidour et al.)."""
+    dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Quantiser dropout: the share of samples whose depth is drawn uniformly from 1 to L in a step; one model then serves every depth."""
+    inner: QuantizerConfig = VQConfig(codes=512, dim=32)
+    """The quantiser of each stage."""
+
+
+@QUANTIZERS.register("residual", ResidualConfig)
+class Residual(Composite):
+    """z_hat = sum_l q_l with q_l = Q_l(z - sum_{j<l} q_j). Stage l makes the maps "name/l".
+
+    Every stage is computed for every sample; under quantiser dropout a stage beyond a sample's depth adds nothing to z_hat, to the
+    loss and to the statistics. The loss is the sum of the stages', which for VQ is beta sum_l |z - sg[sum_{j<=l} e_j]|^2 (Lee et
+    al., eq. 6).
+
+    Gradients: where the inner quantiser is ``straight_through``, what one stage hands to the next has the gradient of z, and
+    z_hat passes its own on to z once, not once per stage. Any other (Gumbel, FSQ, ...) is differentiated through as it stands.
+    An inner quantiser of fixed range (FSQ, LFQ) sees what is left magnified by 1 / ``shrink`` per stage. Cosine codes all have length
+    1, which bounds how near they can come: they are a poor choice here.
+
+    With a shared codebook the statistics of all stages add up to one update, and k-means sees the latents of all stages together;
+    those of the later ones are what a throw-away codebook per stage leaves.
+    """
+
+    def __init__(self, config: ResidualConfig) -> None:
+        super().__init__(config.inner, config.stages, config.shared)
+        self.config = config
+        first = self.part(0)
+        self.dim = first.dim
+        self.straight_through, self.soft = first.straight_through, first.soft
+        self.scales = [first.shrink**i for i in range(config.stages)]
+        self.shrink = first.shrink**config.stages
+
+    def extra_repr(self) -> str:
+        return f"stages={self.config.stages}, shared={self.config.shared}, dropout={self.config.dropout}"
+
+    def prefixes(self) -> tuple[int, ...]:
+        least = 1 if self.config.dropout else self.count
+        return tuple(self.maps * depth for depth in range(least, self.count + 1))
+
+    @torch.no_grad()
+    def initialize(self, z: Tensor, rng: StepRng) -> None:
+        if not self.config.shared:
+            left = z
+            for i in range(self.count):
+                self.part(i).initialize(left / self.scales[i], rng.sub(i))
+                left = self._leave(self.part(i), left, i)
+            return
+        pool, left, fresh = [z], z, copy.deepcopy(self.part(0))
+        for i in range(self.count - 1):
+            stage = copy.deepcopy(fresh)
+            stage.initialize(left / self.scales[i], rng.sub(i))
+            left = self._leave(stage, left, i)
+            pool.append(left / self.scales[i + 1])
+        self.part(0).initialize(torch.cat(pool), rng)
+
+    def _leave(self, stage: Quantizer, rows: Tensor, i: int) -> Tensor:
+        """What ``stage`` leaves of rows (N, D)."""
+        was_training = stage.training
+        q = stage.eval()((rows / self.scales[i])[..., None]).z[..., 0]
+        stage.train(was_training)
+        return rows - q.to(rows.dtype) * self.scales[i]
+
+    def depth(self, rng: StepRng, dtype: torch.dtype = torch.float64) -> Tensor:
+        """(B,) int64: the stages that count for each sample in this step."""
+        draw = rng.uniform("residual/dropout", 2, dtype=dtype)
+        drawn = (draw[:, 1] * self.count).long() + 1
+        return torch.where(draw[:, 0] < self.config.dropout, drawn, self.count)
+
+    def forward(self, z: Tensor, rng: StepRng | None = None, active: Tensor | None = None) -> Quantized:
+        check_latents(z, self.dim)
+        depth = None
+        if self.training and self.config.dropout:
+            if rng is None:
+                raise ValueError("rng: a StepRng is needed in training while dropout > 0")
+            depth = self.depth(rng).to(z.device)
+        with torch.autocast(z.device.type, enabled=False):
+            z = at_least_float32(z)
+            left, total, loss = z, torch.zeros_like(z), z.new_zeros(())
+            codes: list[Tensor] = []
+            stats: list[dict[str, Tensor]] = []
+            for i, scale in enumerate(self.scales):
+                counts = active if depth is None else depth > i if active is None else active & (depth > i)
+                out = self.part(i)(left / scale, None if rng is None else rng.sub(i), active=counts)
+                q = out.z * scale
+                codes += out.codes
+                loss = loss + out.loss
+                total = total + (q if depth is None else _masked(q, depth > i))
+                left = left - (q.detach() if self.straight_through else q)
+                stats.append({**out.stats, "quantization_error": left.detach().square().mean()})
+            z_q = straight_through(z, total.detach()) if self.straight_through else total
+            error = active_mean((z - z_q).detach().square(), active)
+        return Quantized(z_q, tuple(codes), loss, {"quantization_error": error, **named(stats)}, depth)
+
+    def decode(self, codes: tuple[Tensor, ...], depth: Tensor | None = None) -> Tensor:
+        """``codes``: all maps or those of the leading stages; ``depth`` (B,): how many stages count for each sample."""
+        total: Tensor | None = None
+        for i, part in enumerate(self.split_codes(codes)):
+            q = self.part(i).decode(part) * self.scales[i]
+            q = q if depth is None else _masked(q, depth > i)
+            total = torch.zeros_like(q) + q if total is None else total + q
+        assert total is not None
+        return total
+
+
+def _masked(q: Tensor, keep: Tensor) -> Tensor:
+    """``q`` (B, D, *grid) where ``keep`` (B,), else 0."""
+    return torch.where(keep.view(-1, *[1] * (q.ndim - 1)), q, 0.0)

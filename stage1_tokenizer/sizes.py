@@ -1,0 +1,92 @@
+"""How large a tokenizer is, counted on the meta device: its parts, its grids and codes, what training keeps of each sample."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from intarsia.machine import tensor_bytes
+from intarsia.rng import StepRng
+from stage1_tokenizer.levels import prefix_names
+from stage1_tokenizer.quantizers.base import Quantized, Quantizer
+from stage1_tokenizer.tokenizers.base import Tokenizer
+
+
+def parts(tokenizer: Tokenizer) -> dict[str, int]:
+    """Parameters of each direct part, of a net its encoder and decoder apart; what has none is left out."""
+    named: list[tuple[str, nn.Module]] = []
+    for name, module in tokenizer.named_children():
+        named += [(f"{name}.{inner}", m) for inner, m in module.named_children()] if name == "net" else [(name, module)]
+    counts = {name: sum(p.numel() for p in module.parameters()) for name, module in named}
+    return {name: count for name, count in counts.items() if count}
+
+
+class _Quantizer(nn.Module):
+    """Stands in for a quantiser where there are only shapes: keeps the latents and as many numbers again, as a codebook's loss does."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__()
+        self.maps = len(quantizer.level_specs("codes", (1,)))
+
+    def forward(self, z: Tensor, rng: StepRng | None = None, active: Tensor | None = None) -> Quantized:
+        codes = torch.empty(z.shape[0], *z.shape[2:], dtype=torch.int64, device=z.device)
+        return Quantized(z, (codes,) * self.maps, F.mse_loss(z, torch.empty_like(z)))
+
+
+def activation_bytes(tokenizer: Tokenizer) -> int:
+    """What autograd keeps of one sample between forward and backward, in float32.
+
+    Args:
+        tokenizer: on the meta device, where a forward takes neither time nor memory; it stays as it is.
+    """
+    twin = copy.deepcopy(tokenizer).eval()
+    done: tuple[str, ...] = ()
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, Quantizer) and not name.startswith(done):
+            twin.set_submodule(name, _Quantizer(module))
+            done += (f"{name}.",)
+    kept: dict[int, tuple[int, Tensor]] = {}
+    parameters = {id(p) for p in twin.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if id(tensor) not in parameters:
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage.nbytes(), tensor  # it is held, so that no other tensor gets its storage's address
+        return tensor
+
+    x = torch.empty(1, tokenizer.signal.channels, *tokenizer.signal.shape, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = twin(x)  # alive until all is counted
+    total = sum(size for size, _ in kept.values())
+    del out
+    return total
+
+
+def describe(tokenizer: Tokenizer, copies: int, kept: int) -> Iterator[str]:
+    """Lines of text on a tokenizer of the meta device.
+
+    Args:
+        copies: of the trained parameters beside themselves: gradients, two moments, averages.
+        kept: checkpoints that a run keeps.
+    """
+    counts = parts(tokenizer)
+    yield f"{tokenizer.type_name}: {sum(p.numel() for p in tokenizer.parameters()):,} parameters: " + ", ".join(
+        f"{name} {count:,}" for name, count in counts.items()
+    )
+    bits = 0.0
+    for level in tokenizer.level_specs():
+        bits += level.positions * math.log2(level.vocab)
+        yield f"level {level.name}: {level.vocab} codes on a grid of {'x'.join(map(str, level.shape))}"
+    samples = tokenizer.signal.channels * math.prod(tokenizer.signal.shape)
+    yield f"codes: {bits:,.0f} bits per sample, {bits / samples:.3f} per number of the signal"
+    if names := prefix_names(tokenizer):
+        yield f"decode alone: {', '.join(names.values())}"
+    weights, trained = tensor_bytes(tokenizer.state_dict().values()), tensor_bytes(tokenizer.parameters())
+    yield f"memory: {weights + copies * trained:,} bytes for weights, gradients and optimizer"
+    yield f"activations: {activation_bytes(tokenizer):,} bytes per sample of a micro-batch on top, in float32"
+    yield f"disk: {weights + (copies - 1) * trained:,} bytes per checkpoint, {kept} are kept"

@@ -1,0 +1,103 @@
+"""What the steps of MaskGIT's sampling have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from stage2_prior.decoding import MaskGITOptions, Scores
+from stage2_prior.packed import packed
+from stage2_prior.sampling import guide
+from stage2_prior.transformer import Rotary, Transformer, attend, swiglu
+
+if TYPE_CHECKING:
+    from stage2_prior.priors.maskgit import MaskGITPrior
+
+
+class Predictor:
+    """Predicts the codes of one micro-batch: weights packed once, and what places are told, with and without the label.
+
+    Args:
+        label: (n,) with ``classes`` for the null; None for a prior without conditions.
+        guided: whether the null is asked too.
+    """
+
+    def __init__(self, prior: MaskGITPrior, n: int, upper: Sequence[Tensor], label: Tensor | None, guided: bool) -> None:
+        self.prior, self.n, self.label = prior, n, label
+        self.trunk = frozen(prior.trunk)
+        self.heads = [packed(head) for head in prior.output]
+        self.told = prior._context(upper, label)
+        self.null: Tensor | None = None
+        if guided:
+            assert label is not None
+            self.null = prior._context(upper, torch.full_like(label, len(prior.spec.classes)))
+
+    def scores(self, drawn: Sequence[Tensor], how: MaskGITOptions, shared: bool) -> Scores:
+        """The logits of the level after those that are drawn.
+
+        Args:
+            shared: whether the first step sees nothing but masks and the label, so that one look at each label is enough.
+        """
+        level, n = len(drawn), self.n
+        size, table, head = self.prior.layout.sizes[level], self.prior.tables[level], self.heads[level]
+        above = [known(codes) for known, codes in zip(self.prior.tables, drawn, strict=False)]
+        length = size + sum(x.shape[1] for x in above)
+        rotary, steps = self.prior._rotary(length), how.steps_for(size)
+        first = self._first(how.guided) if shared else None
+
+        def score(tokens: Tensor, where: Tensor, step: int) -> Tensor:
+            guidance = how.guidance_at(step / max(1, steps - 1))
+            if first is not None and step == 0:
+                return first(where, guidance)
+            x = torch.cat([*above, table(tokens)], 1)
+            told = [self.told] if self.null is None or not how.guided else [self.told, self.null]
+            seen = self.trunk(torch.cat([x + each[:, :length] for each in told]), rotary)[:, -size:]
+            logits = head(at(seen, where.repeat(len(told), 1) if len(where) > 1 else where))
+            return logits if len(told) == 1 else guide(logits[:n], logits[n:], guidance)
+
+        return score
+
+    def _first(self, guided: bool) -> Callable[[Tensor, float], Tensor] | None:
+        """(where, guidance) -> logits of the first step of the first level, all masks, from one row for each label that there is
+        and one for the null: the same rows whatever the labels are. None where that is no fewer rows."""
+        prior, label = self.prior, self.label
+        kinds = 1 if label is None else len(prior.spec.classes) + prior.has_null
+        if kinds >= self.n * (1 + guided):
+            return None
+        size, head = prior.layout.sizes[0], self.heads[0]
+        told = prior._context((), None if label is None else torch.arange(kinds, device=label.device))[:, :size]
+        seen = self.trunk(prior.tables[0].weight[-1] + told, prior._rotary(size))
+        of = torch.zeros(self.n, dtype=torch.int64, device=seen.device) if label is None else label
+
+        def first(where: Tensor, guidance: float) -> Tensor:
+            if len(where) == 1:
+                logits = head(at(seen, where))
+                return guide(logits, logits[-1:], guidance)[of]
+            logits = head(at(seen[of], where))
+            return guide(logits, head(at(seen[-1:].expand(self.n, -1, -1), where)), guidance) if guidance != 1 else logits
+
+        return first
+
+
+def at(features: Tensor, where: Tensor) -> Tensor:
+    """(B, N, D) to (B, k, D): the features of some positions, ``where`` (B, k), or (1, k) for the same of all rows."""
+    if len(where) == 1:
+        return features[:, where[0]]
+    return features.gather(1, where[..., None].expand(-1, -1, features.shape[2]))
+
+
+def frozen(trunk: Transformer) -> Callable[[Tensor, Rotary | None], Tensor]:
+    """``trunk`` with its weights as they are now, packed once for many calls; without gradients."""
+    layers = [(block, block.projections()) for block in trunk.stack]
+
+    def run(x: Tensor, rotary: Rotary | None) -> Tensor:
+        for block, (project, out, gate_up, down) in layers:
+            q, k, v = block.attention.split(project(block.attention_norm(x)), rotary)
+            x = x + out(attend(q, k, v, causal=False).transpose(1, 2).flatten(2))
+            x = x + swiglu(block.feed_forward_norm(x), gate_up, down)
+        return trunk.norm(x)
+
+    return run

@@ -1,0 +1,218 @@
+"""The conformance kit: every registered quantiser passes, and each planted fault fails exactly the check that is there for it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from intarsia.cli import UserError
+from intarsia.config import ConfigError
+from intarsia.distributed import Comm
+from stage1_tokenizer.quantizers.base import QUANTIZERS, Quantized, QuantizerConfig, straight_through
+from stage1_tokenizer.quantizers.bsq import BSQConfig
+from stage1_tokenizer.quantizers.conformance import CHECKS, Traits, check, nearest_code, traits_of
+from stage1_tokenizer.quantizers.conformance.__main__ import main
+from stage1_tokenizer.quantizers.fsq import FSQConfig
+from stage1_tokenizer.quantizers.gumbel import GumbelConfig
+from stage1_tokenizer.quantizers.lfq import LFQConfig
+from stage1_tokenizer.quantizers.product import ProductConfig
+from stage1_tokenizer.quantizers.residual import ResidualConfig
+from stage1_tokenizer.quantizers.simvq import SimVQConfig
+from stage1_tokenizer.quantizers.vq import VQ, VQConfig
+from tests.plain_vq import BETA, FAULTS, GAMMA, PlainVQ
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAITS = nearest_code(beta=BETA, codebook=0.0, ema=GAMMA, restart=True)
+SMALL = VQConfig(codes=16, dim=4, decay=0.8)
+CONFIGS: dict[str, QuantizerConfig] = {
+    "vq": SMALL,
+    "vq/gradient": SMALL.replace(update="gradient"),
+    "vq/cosine": SMALL.replace(cosine=True),
+    "vq/rotation": SMALL.replace(estimator="rotation"),
+    "vq/no restart": SMALL.replace(restart=0.0),
+    "gumbel": GumbelConfig(codes=16, dim=4),
+    "gumbel/soft": GumbelConfig(codes=16, dim=4, hard=False),
+    "simvq": SimVQConfig(codes=16, dim=4),
+    "fsq": FSQConfig(levels=(8, 6, 5)),
+    "lfq": LFQConfig(bits=6),
+    "lfq/groups": LFQConfig(bits=7, group=3),
+    "bsq": BSQConfig(bits=6),
+    "product": ProductConfig(groups=2, inner=SMALL),
+    "product/fsq": ProductConfig(groups=2, inner=FSQConfig(levels=(5, 4))),
+    "residual": ResidualConfig(stages=3, inner=SMALL, dropout=0.5),
+    "residual/shared": ResidualConfig(stages=2, inner=SMALL, shared=True),
+    "residual/fsq": ResidualConfig(stages=2, inner=FSQConfig(levels=(5, 5))),
+    "residual/lfq": ResidualConfig(stages=3, inner=LFQConfig(bits=4), shared=True, dropout=1.0),
+    "residual/gumbel": ResidualConfig(stages=2, inner=GumbelConfig(codes=16, dim=4)),
+    "residual/product": ResidualConfig(stages=2, inner=ProductConfig(groups=2, inner=SMALL), dropout=0.3),
+}
+
+
+def test_every_registered_type_is_here() -> None:
+    ours = {name for name in QUANTIZERS.names() if QUANTIZERS.get(name).__module__.startswith("stage1_tokenizer.")}
+    assert {str(config.type_name) for config in CONFIGS.values()} == ours
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_registered_quantiser_passes(name: str) -> None:
+    report = check(CONFIGS[name], name=name)
+    print(report)  # with -s: every skip and its reason
+    assert report.ok, report
+    assert all(report.skipped.values()), "a skip says why"
+
+
+def test_the_plain_quantiser_passes_and_nothing_but_prefixes_is_skipped() -> None:
+    report = check(PlainVQ, traits=TRAITS)
+    assert report.ok, report
+    assert set(report.skipped) == {"prefixes"}, report
+
+
+@pytest.mark.parametrize("faulty", FAULTS, ids=lambda cls: cls.__name__)
+def test_a_planted_fault_fails_exactly_its_own_check(faulty: type[PlainVQ]) -> None:
+    report = check(faulty, traits=TRAITS)
+    assert report.failed == (FAULTS[faulty],), report
+
+
+def test_every_check_sees_a_planted_fault() -> None:
+    assert set(CHECKS) - set(FAULTS.values()) == {"prefixes"} and len(FAULTS) >= 12
+
+
+class Shifted(VQ):
+    """Codes off by one, both ways: no round trip notices, the distances do."""
+
+    def forward(self, z: Any, rng: Any = None, active: Any = None) -> Quantized:
+        out = super().forward(z, rng, active)
+        codes = ((out.codes[0] + 1) % self.config.codes,)
+        vectors = self.decode(codes)
+        return Quantized(straight_through(z, vectors), codes, self.config.beta * (z - vectors).square().mean())
+
+
+class BetaSwapped(VQ):
+    """beta on the codebook term, 1 on the commitment."""
+
+    def forward(self, z: Any, rng: Any = None, active: Any = None) -> Quantized:
+        out = super().forward(z, rng, active)
+        vectors = self.decode(out.codes)
+        loss = (z - vectors.detach()).square().mean() + self.config.beta * (z.detach() - vectors).square().mean()
+        return Quantized(out.z, out.codes, loss)
+
+
+class Unreduced(VQ):
+    """Each rank believes that it is alone."""
+
+    def update(self, rng: Any, comm: Any) -> dict[str, torch.Tensor]:
+        return super().update(rng, Alone())
+
+
+class Alone(Comm):
+    """One process, whatever there is."""
+
+    world_size = 1
+    rank = 0
+
+    def all_reduce_sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    all_reduce_min_ = gather_rows = all_reduce_sum_
+
+
+@pytest.mark.parametrize(
+    ("faulty", "config", "failed"),
+    [
+        (Shifted, SMALL, ("nearest",)),
+        (BetaSwapped, SMALL.replace(update="gradient"), ("loss_terms",)),
+        (Unreduced, SMALL, ("two_ranks",)),
+    ],
+)
+def test_faults_in_the_librarys_own_class_are_seen(faulty: type[VQ], config: VQConfig, failed: tuple[str, ...]) -> None:
+    report = check(lambda: faulty(config), traits=traits_of(VQ(config)), only=("nearest", "loss_terms", "gradient_of_z", "two_ranks"))
+    assert set(report.failed) == set(failed), report
+
+
+class Backwards(ResidualConfig.registry.get("residual")):  # type: ignore[misc, union-attr]
+    """Leading maps are taken from the end."""
+
+    def decode(self, codes: Any, depth: Any = None) -> torch.Tensor:
+        return super().decode(codes if len(codes) == self.count else codes[::-1], depth)
+
+
+def test_prefixes_of_the_wrong_end_are_seen() -> None:
+    config = ResidualConfig(stages=3, inner=SMALL, dropout=0.5)
+    assert check(lambda: Backwards(config), only=("prefixes",)).failed == ("prefixes",)
+
+
+@pytest.mark.parametrize("name", ["vq", "residual/lfq"])
+def test_two_real_processes_agree_too(name: str) -> None:
+    report = check(CONFIGS[name], processes=True, only=("two_ranks", "two_ranks_restart"))
+    assert report.ok, report
+    assert "real processes" in str(report)
+
+
+def test_real_processes_tell_what_failed() -> None:
+    report = check(lambda: Unreduced(SMALL), processes=True, only=("two_ranks",))
+    assert report.failed == ("two_ranks",), report
+
+
+class Raises(PlainVQ):
+    """An error of its own in the middle of a step."""
+
+    def update(self, rng: Any, comm: Any) -> dict[str, torch.Tensor]:
+        raise KeyError("sums")
+
+
+def test_an_error_of_the_class_is_an_outcome_and_what_stands_on_it_is_not_judged() -> None:
+    report = check(Raises, traits=TRAITS)
+    notes = {outcome.check: outcome.note for outcome in report.outcomes}
+    assert notes["forward_is_pure"] == "KeyError: 'sums'" and "not judged: needs" in notes["two_ranks"]
+    assert len(report.outcomes) == len(CHECKS)
+
+
+def test_an_unknown_class_is_checked_for_what_the_interface_promises() -> None:
+    report = check(PlainVQ)
+    assert report.ok and {"loss_terms", "nearest", "moving_averages", "restart_raises_usage"} <= set(report.skipped), report
+    assert check(PlainVQ(), traits=Traits()).ok, "an instance will do"
+
+
+def test_only_some_checks_run_with_what_they_need() -> None:
+    report = check(PlainVQ, traits=TRAITS, only=("nearest",))
+    assert [outcome.check for outcome in report.outcomes] == ["shapes", "forward_is_pure", "round_trip", "neighbours", "nearest"]
+    with pytest.raises(ValueError, match="'nearst' is none"):
+        check(PlainVQ, only=("nearst",))
+
+
+def test_the_command_line_checks_types_and_classes_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "fsq.yaml").write_text("levels: [5, 4]\n")
+    main(["fsq", "--config", str(tmp_path / "fsq.yaml")])
+    out = capsys.readouterr().out
+    assert "K=20" in out and re.search(r"skipped moving_averages +it has no moving averages", out) and "0 failed" in out
+    main(["tests.plain_vq:PlainVQ"])
+    assert "PlainVQ()" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["tests.plain_vq:FlatCodes"])
+    assert stop.value.code == 1 and re.search(r"failed +shapes +codes of name", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("argv", "error", "message"),
+    [
+        ([], UserError, "usage: .*types: bsq, fsq"),
+        (["tests.plain_vq:Missing"], UserError, "Missing"),
+        (["tests.plain_vq:K"], UserError, "a int; expected what makes"),
+        (["tests.plain_vq:PlainVQ", "--dim", "3"], UserError, "takes no fields"),
+        (["fsqq"], ValueError, "did you mean 'fsq'"),
+        (["fsq", "--levles", "[3]"], ConfigError, "did you mean 'levels'"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong(argv: list[str], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        main(argv)
+
+
+def test_the_document_names_every_check_and_its_promise() -> None:
+    text = (ROOT / "docs/conformance.md").read_text(encoding="utf-8")
+    missing = [name for name, entry in CHECKS.items() if f"| `{name}` | {entry.promise} |" not in text]
+    assert not missing, missing

@@ -1,0 +1,228 @@
+"""pipelines.compare, pipelines.guidance and pipelines.report: figures of several pipelines that compare, or are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from intarsia.cli import UserError
+from intarsia.config import ConfigError
+from pipelines import TwoStagePipeline, guidance, report
+from pipelines import compare as script
+from pipelines.compare import CompareConfig, compare, named
+from pipelines.evaluate import EvaluateConfig, evaluate_pipeline
+from pipelines.evaluation.distances import FeatureSet, fit_gaussian, frechet, frechet_table
+from pipelines.evaluation.settings import choose_reference, measure_samples
+from pipelines.evaluation.timing import Timing
+from pipelines.guidance import GuidanceConfig, sweep
+from pipelines.report import markdown, read_row
+from tests import tiny_pipelines as tiny
+from tests.test_evaluation_pipeline import Blobs, feature_model
+
+ladders = tiny.ladders  # a fixture
+SMALL: dict[str, Any] = {"n": 60, "bootstrap": 20, "k": 3}
+
+
+# The difference --------------------------------------------------------------------------------------------------------
+def normal(n: int, seed: int, shift: float = 0.0) -> torch.Tensor:
+    return torch.randn(n, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + shift
+
+
+def test_a_difference_is_that_of_the_distances_with_a_paired_interval() -> None:
+    reference = FeatureSet("r", normal(150, 0))
+    near, far, same = (FeatureSet(name, normal(150, seed, shift)) for name, seed, shift in (("a", 1, 0.1), ("b", 2, 0.8), ("c", 1, 0.1)))
+    table = frechet_table(reference, [near, far, same], 100, 0)
+    found = table.difference("b", "a")
+    assert found.value == table.values["b"] - table.values["a"] and found.low > 0
+    assert table.difference("a", "b").value == -found.value and table.difference("a", "b").high < 0
+    alike = table.difference("c", "a")
+    assert alike.value == 0 and alike.low < 0 < alike.high
+
+
+def test_the_interval_of_a_difference_covers_its_expectation_and_pairing_narrows_it() -> None:
+    """95 % intervals over 60 experiments of a small reference; the expectation is taken over 300 others."""
+
+    def sets(seed: int) -> tuple[FeatureSet, FeatureSet, FeatureSet]:
+        a, b = normal(200, 3 * seed + 1, 0.5), normal(200, 3 * seed + 2, 0.6)
+        return FeatureSet("r", normal(60, 3 * seed)), FeatureSet("a", a), FeatureSet("b", b)
+
+    def difference(seed: int) -> float:
+        r, a, b = (fit_gaussian(s.features) for s in sets(seed))
+        return frechet(r, b) - frechet(r, a)
+
+    expected = sum(difference(1000 + i) for i in range(300)) / 300
+    covered, narrower = 0, 0
+    for i in range(60):
+        reference, a, b = sets(i)
+        table = frechet_table(reference, [a, b], 30, i)
+        found = table.difference("b", "a")
+        covered += found.low <= expected <= found.high
+        unpaired = table.replicates["b"].var() + table.replicates["a"].var()
+        narrower += bool((table.replicates["b"] - table.replicates["a"]).var() < unpaired)
+    assert 0.83 <= covered / 60 <= 1.0, covered
+    assert narrower > 50
+
+
+# pipelines.compare -----------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def pair(ladders: None) -> dict[str, TwoStagePipeline]:
+    return {"one": tiny.pipeline("gpt", micro_batch=16), "two": tiny.pipeline("parallel", micro_batch=16)}
+
+
+def test_pipelines_are_compared_on_the_same_classes_and_reference(pair: dict[str, TwoStagePipeline], capsys: Any) -> None:
+    source, model, config = Blobs(), feature_model(), CompareConfig(pipelines="one,two", **SMALL)
+    tree = compare(pair, source, model, config)
+    chosen = choose_reference(source, config, True)
+    split = source.split("train").batch(chosen.rows)
+    real = fit_gaussian(model((split["x"] + 1) / 2)[0])
+    assert torch.equal(split["label"], torch.arange(60) % 4)
+    for name, pipeline in pair.items():
+        drawn = fit_gaussian(model(pipeline.sample(60, label=torch.arange(60) % 4, seed=0))[0])
+        assert tree["pipelines"][name]["frechet"]["value"] == pytest.approx(frechet(real, drawn), rel=1e-6)
+        assert {"precision", "recall", "agreement"} <= set(tree["pipelines"][name])
+    values = {name: found["frechet"]["value"] for name, found in tree["pipelines"].items()}
+    assert tree["differences"] == {"two": tree["differences"]["two"]}
+    assert tree["differences"]["two"]["value"] == pytest.approx(values["two"] - values["one"])
+    text = script.table_text(tree)
+    assert "FD (tiny 0000) of 60 samples to 60 train images" in text and "two - one: " in text
+    assert compare(pair, source, model, config) == tree
+    json.dumps(tree, allow_nan=False)
+
+
+def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: Any, monkeypatch: Any, pair: dict[str, TwoStagePipeline]) -> None:
+    for name, pipeline in pair.items():
+        pipeline.save_pretrained(tmp_path / name)
+    monkeypatch.setattr(script.SOURCES, "build", lambda config: Blobs())
+    monkeypatch.setattr(script, "load_features", lambda *a: feature_model())
+    words = ["--pipelines", f"{tmp_path / 'one'},{tmp_path / 'two'}", "--n", "40", "--bootstrap", "5", "--k", "2", "--device", "cpu"]
+    script.main([*words, "--out", str(tmp_path / "out"), "--temperature", "0.8"])
+    tree = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert tree["n"] == 40 and tree["sampling"] == {"temperature": 0.8} and script.table_text(tree) in capsys.readouterr().out
+
+
+def test_pipelines_that_do_not_compare_are_refused(pair: dict[str, TwoStagePipeline]) -> None:
+    for text in ("one", "one,one", "one,"):
+        with pytest.raises(ConfigError, match="pipelines: .*expected at least two different ones, joined by commas"):
+            named(text)
+    plain = tiny.pipeline("gpt", labelled=False)
+    with pytest.raises(ValueError, match="pipelines: some take labels and some do not"):
+        compare({"one": pair["one"], "plain": plain}, Blobs(), feature_model(), CompareConfig(pipelines="a,b", **SMALL))
+
+
+# Balance ---------------------------------------------------------------------------------------------------------------
+def test_classes_are_balanced_where_the_reference_has_enough_of_each_and_else_follow_the_data() -> None:
+    def chosen(n: int, balanced: bool | None = None, **source: Any) -> Any:
+        config = CompareConfig(pipelines="a,b", n=n, k=2, balanced=balanced)
+        return choose_reference(Blobs(**source), config, True)
+
+    assert chosen(60).balanced and chosen(120).balanced and chosen(500).balanced and not chosen(60, False).balanced
+    uneven = {"train": 121, "validation": 40}  # class 0 has one more: still balanced to one row
+    assert chosen(500, **uneven).balanced
+    few = chosen(60, labels=[0] * 100 + [1] * 10 + [2] * 5 + [3] * 5)
+    assert not few.balanced and len(few.rows) == 60
+    with pytest.raises(ValueError, match="reference: 60 balanced images need 15 of class 1, there are 10"):
+        chosen(60, True, labels=[0] * 100 + [1] * 10 + [2] * 5 + [3] * 5)
+    with pytest.raises(ValueError, match="reference: 120 images with 5 to 100 per class are not balanced"):
+        chosen(500, True, labels=[0] * 100 + [1] * 10 + [2] * 5 + [3] * 5)
+
+
+# pipelines.guidance ----------------------------------------------------------------------------------------------------
+def test_the_curve_over_guidance_is_that_of_the_samples_and_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: Any, pair: dict[str, TwoStagePipeline]
+) -> None:
+    source, model = Blobs(), feature_model()
+    config = GuidanceConfig(values=(2.0, 1.0), out=str(tmp_path), **SMALL)
+    tree = sweep(pair["two"], source, model, config)
+    assert [one["guidance"] for one in tree["points"]] == [1.0, 2.0]
+    chosen = choose_reference(source, config, True)
+    strong, _ = measure_samples(pair["two"], config, chosen, model, options={"guidance": 2.0})
+    assert tree["points"][1]["agreement"]["value"] == pytest.approx(strong.right().double().mean().item())
+    drawn: list[Any] = []
+    real = guidance.measure_samples
+    monkeypatch.setattr(guidance, "measure_samples", lambda *a, **k: drawn.append(k["options"]["guidance"]) or real(*a, **k))
+    more = sweep(pair["two"], source, model, config.replace(values=(1.0, 1.5, 2.0)))
+    assert drawn == [1.5] and [one["guidance"] for one in more["points"]] == [1.0, 1.5, 2.0]
+    assert more["points"][::2] == tree["points"] and json.loads((tmp_path / "guidance.json").read_text()) == more
+    guidance.save_picture(tmp_path / "guidance.png", more)
+    assert Image.open(tmp_path / "guidance.png").width > 1000
+    assert "guidance 1.5: Frechet distance" in guidance.table_text(more)
+    with pytest.raises(UserError, match="guidance.json was measured with another seed; expected the same, or another folder"):
+        sweep(pair["two"], source, model, config.replace(seed=1))
+
+
+def test_guidance_that_a_prior_does_not_have_is_refused_before_any_draw(tmp_path: Path, monkeypatch: Any) -> None:
+    config = GuidanceConfig(out=str(tmp_path), **SMALL)
+    with pytest.raises(ValueError, match="guidance: no prior of this pipeline takes labels"):
+        sweep(tiny.pipeline("gpt", labelled=False), Blobs(), feature_model(), config)
+    tok = tiny.tokenizer()
+    sure = TwoStagePipeline(tok, [tiny.prior("gpt", tiny.codes_spec(tok), cond_dropout=0.0)])
+    monkeypatch.setattr(type(sure.priors[0]), "sample", lambda *a, **k: pytest.fail("a sample was drawn"))
+    with pytest.raises(ValueError, match="guidance: 1.5; this prior was trained with cond_dropout 0"):
+        sweep(sure, Blobs(), feature_model(), config)
+    with pytest.raises(ConfigError, match="sampling.guidance: --values says which strengths"):
+        guidance.main(["--guidance", "2"])
+
+
+# pipelines.report ------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def evaluations(pair: dict[str, TwoStagePipeline], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluations")
+    for name, pipeline in pair.items():
+        found = evaluate_pipeline(pipeline, Blobs(), feature_model(), EvaluateConfig(**SMALL))
+        assert found.seconds > 0
+        (folder / name).mkdir()
+        (folder / name / "evaluation.json").write_text(json.dumps(found.tree))
+    (folder / "two" / "timing.json").write_text(json.dumps(Timing(3.0, 60, "cpu", 1).to_dict()))
+    return folder
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split(" | ")]
+
+
+def test_a_table_has_a_row_per_pipeline_and_marks_bounds(evaluations: Path, capsys: Any) -> None:
+    out = evaluations / "tables" / "table.md"
+    report.main(["--evaluations", f"{evaluations / 'one'},{evaluations / 'two'}", "--out", str(out)])
+    text = out.read_text()
+    assert capsys.readouterr().out == text
+    head, rule, one, two, _, note = text.splitlines()
+    assert set(cells(rule)) == {"---"} and len(cells(head)) == len(cells(one)) == len(cells(two))
+    first, second = dict(zip(cells(head), cells(one), strict=True)), dict(zip(cells(head), cells(two), strict=True))
+    assert first["tokenizer"] == "vqvae, 4x4 of 16" and second["tokenizer"] == "ladder, 2x2 of 5 + 4x4 of 7"
+    assert first["prior"] == "gpt (codes)" and second["prior"] == "maskgit (top) + maskgit (bottom)"
+    tree = json.loads((evaluations / "two" / "evaluation.json").read_text())
+    bits = tree["bits"]["total"]["bits_per_image"]
+    assert second["bits per image"] == f"<= {bits:.1f} (bound)" and float(first["bits per image"]) > 0
+    assert first["s per 1,000 samples"] == "" and second["s per 1,000 samples"] == "50 (cpu, 1)"
+    assert second["recall"] == f"{tree['samples']['precision_recall']['samples']['recall']['value']:.3f}"
+    assert "features: tiny 0000; n: 60; reference: 60 train; split: validation" in note
+
+
+def test_the_printed_figures_of_one_pipeline_mark_bounds(evaluations: Path) -> None:
+    from pipelines.evaluation.report import table
+
+    exact, bound = (table(json.loads((evaluations / name / "evaluation.json").read_text())) for name in ("one", "two"))
+    assert "<=" not in exact and "bound" not in exact
+    lines = [line for line in bound.splitlines() if "bits per code" in line]
+    assert len(lines) == 3 and all(line.count("<= ") == 2 and line.count("(bound)") == 2 for line in lines)
+
+
+def test_figures_that_do_not_compare_are_refused_or_named(evaluations: Path, tmp_path: Path) -> None:
+    tree = json.loads((evaluations / "one" / "evaluation.json").read_text())
+    tree["samples"]["features"]["name"] = "other 1111"
+    (tmp_path / "evaluation.json").write_text(json.dumps(tree))
+    rows = [read_row(str(evaluations / "one")), read_row(str(tmp_path))]
+    with pytest.raises(UserError, match="has features 'other 1111', .* 'tiny 0000': the figures do not compare; --mixed true"):
+        markdown(rows)
+    text = markdown(rows, mixed=True)
+    assert "| other 1111 |" in text and "features: " not in text.splitlines()[-1]
+    with pytest.raises(UserError, match="nowhere/evaluation.json: there is no such file"):
+        read_row("nowhere")
+    (tmp_path / "evaluation.json").write_text(json.dumps({"samples": {}}))
+    with pytest.raises(UserError, match="no evaluation of this version: 'counts' is missing; run pipelines.evaluate again"):
+        read_row(str(tmp_path))

@@ -1,0 +1,140 @@
+"""The watch over the codes in training: figures, the alarm, remedies that apply themselves, and exact resumption with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from intarsia.cli import RunError
+from intarsia.distributed import Comm, comm
+from intarsia.rng import StepRng
+from intarsia.specs import SignalSpec
+from stage1_tokenizer.health import Health, HealthConfig
+from stage1_tokenizer.quantizers.residual import ResidualConfig
+from stage1_tokenizer.quantizers.vq import VQ, VQConfig
+from stage1_tokenizer.tokenizers.vqvae import VQVAE, VQVAEConfig
+from stage1_tokenizer.train import TokenizerTrainConfig
+from tests.training import NET, TOKENIZER, Left, run_training, tiny
+
+SIGNAL = SignalSpec("image", 1, (8, 8))
+
+
+class Twice(Comm):
+    """Two ranks of the same values."""
+
+    def all_reduce_sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.mul_(2)
+
+
+def tokenizer(quantizer: object = None) -> VQVAE:
+    return VQVAE(VQVAEConfig(net=NET, quantizer=quantizer or VQConfig(codes=8, dim=4, init="normal")), SIGNAL)  # type: ignore[arg-type]
+
+
+def never() -> None:
+    raise AssertionError("no codebook was to be set anew")
+
+
+def test_figures_are_those_of_all_codes_since_the_last_look() -> None:
+    model = tokenizer()
+    health, said = Health(HealthConfig(usage=0.5), model), []
+    health.count([torch.tensor([[[0, 1], [1, 1]]])])
+    health.count([torch.tensor([[[5, 6], [7, 7]]])])
+    figures = health.look(model, comm, never, said.append)
+    assert figures["health/usage"] == 5 / 8 and figures["health/dead"] == 3 and not said
+    p = torch.tensor([1, 3, 1, 1, 2]) / 8
+    assert figures["health/perplexity"].item() == pytest.approx(torch.exp(-(p * p.log()).sum()).item(), rel=1e-6)
+    health.count([torch.tensor([[[0, 1], [2, 3]]])])
+    assert health.look(model, comm, never, said.append)["health/usage"] == 4 / 8
+
+
+def test_drift_is_the_way_of_the_vectors_since_the_last_look() -> None:
+    model = tokenizer()
+    health = Health(HealthConfig(usage=0), model)
+    assert isinstance(model.quantizer, VQ)
+    for factor, expected in ((1.0, None), (1.5, 0.5), (1.0, 0.0)):
+        model.quantizer.codebook.mul_(factor)
+        health.count([torch.zeros(1, 2, 2, dtype=torch.int64)])
+        drift = health.look(model, comm, never, print).get("health/drift")
+        assert (drift is None) == (expected is None)
+        assert drift is None or drift.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_counts_add_up_over_ranks_once_however_often_they_are_folded() -> None:
+    model = tokenizer()
+    health = Health(HealthConfig(), model)
+    for _ in range(3):
+        health.count([torch.zeros(1, 2, 2, dtype=torch.int64)])
+        health.fold(Twice())
+    assert health._buffer("counts", 0).tolist() == [24] + [0] * 7
+
+
+def test_a_collapse_warns_with_the_level_and_both_numbers() -> None:
+    model = tokenizer(ResidualConfig(stages=2, inner=VQConfig(codes=8, dim=4, init="normal")))
+    health, said = Health(HealthConfig(), model), []
+    many = torch.arange(8).view(1, 2, 4)
+    health.count([many, torch.zeros_like(many)])
+    health.look(model, comm, never, said.append)
+    assert len(said) == 1 and "level codes/1: 1 of 8 codes used in the last 500 steps; try: " in said[0]
+
+
+def test_collapse_stop_ends_the_run_naming_it() -> None:
+    model = tokenizer()
+    health = Health(HealthConfig(collapse="stop"), model)
+    health.count([torch.zeros(1, 4, 4, dtype=torch.int64)])
+    with pytest.raises(RunError, match="collapse: level codes: 1 of 8 codes"):
+        health.look(model, comm, never, print)
+
+
+def test_few_samples_are_no_collapse() -> None:
+    model = tokenizer(VQConfig(codes=512, dim=4, init="normal"))
+    health, said = Health(HealthConfig(), model), []
+    health.count([torch.tensor([[[0, 1], [2, 3]]])])
+    health.look(model, comm, never, said.append)
+    assert not said
+
+
+def test_auto_applies_one_remedy_after_the_other_and_says_so() -> None:
+    model = tokenizer(VQConfig(codes=8, dim=4, beta=5.0, restart=0.0, init="normal"))
+    health, said, anew = Health(HealthConfig(collapse="auto"), model), [], []
+    for _ in range(3):
+        health.count([torch.zeros(1, 4, 4, dtype=torch.int64)])
+        health.look(model, comm, lambda: anew.append(bool(model.quantizer.initialized)), said.append)  # type: ignore[arg-type]
+    assert "applied: k-means of the latents as they are, and restart 0.05" in said[0]
+    assert "applied: beta 0.1" in said[1]
+    assert "all remedies are applied" in said[2]
+    assert anew == [False, False]  # this test never sets it
+    quantizer = model.quantizer.train()
+    z = torch.randn(4, 4, 2, 2)
+    error = quantizer(z, StepRng(0, 0, torch.arange(4))).stats["quantization_error"]
+    loss = quantizer(z, StepRng(0, 0, torch.arange(4))).loss
+    assert loss.item() == pytest.approx(0.1 * error.item(), rel=1e-5)
+
+
+def collapsing(folder: Path, collapse: str) -> TokenizerTrainConfig:
+    """A gradient codebook far from the latents, beta 5, no restarts."""
+    far = VQConfig(codes=48, dim=4, update="gradient", init="normal", restart=0.0, beta=5.0)
+    health = HealthConfig(every=20, usage=0.7, collapse=collapse)  # type: ignore[arg-type]
+    return tiny(folder, steps=60, tokenizer=TOKENIZER.replace(quantizer=far), health=health, log={"every": 5})
+
+
+def usage(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["health/usage"] for line in lines if "health/usage" in line]
+
+
+def test_auto_rescues_a_run_that_is_made_to_collapse(tmp_path: Path) -> None:
+    for collapse in ("warn", "auto"):
+        run_training(collapsing(tmp_path / collapse, collapse))
+    assert usage(tmp_path / "warn")[-1] < 0.7
+    assert usage(tmp_path / "auto")[0] < 0.7 and usage(tmp_path / "auto")[-1] > 0.9
+
+
+def test_an_interrupted_run_with_remedies_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run_training(collapsing(whole, "auto"))
+    for stop in (25, 50, None):
+        run_training(collapsing(broken, "auto"), max_steps=stop)
+    assert not Left.of(whole).differences(Left.of(broken))

@@ -1,0 +1,107 @@
+"""The nearest code is exact on every path, costs are obeyed, and no N x K matrix is made."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from intarsia.rng import StepRng
+from stage1_tokenizer.quantizers import search
+from stage1_tokenizer.quantizers.search import kmeans, nearest
+from stage1_tokenizer.quantizers.vq import VQ, VQConfig
+
+
+def step_rng(step: int, n: int) -> StepRng:
+    return StepRng(seed=0, step=step, index=torch.arange(n))
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any operator's result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(t, Tensor):
+                self.elements = max(self.elements, t.numel())
+        return out
+
+
+@pytest.fixture(params=["packed", "plain"])
+def path(request, monkeypatch):
+    monkeypatch.setattr(search, "_packs", lambda: request.param == "packed" and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 3, 64, 256, 300, 1000, 1024])
+@pytest.mark.parametrize("n", [1, 7, 64, 3000])
+def test_search_finds_the_brute_force_minimum(path, k: int, n: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(k * n)
+    rows, codebook = torch.randn(n, 8, dtype=dtype), torch.randn(k, 8, dtype=dtype)
+    distance = torch.cdist(rows.double(), codebook.double()).square()
+    chosen = distance.gather(1, nearest(rows, codebook)[:, None])[:, 0]
+    assert torch.all(chosen <= distance.amin(1) * (1 + 1e-6) + 1e-6)
+
+
+@pytest.mark.parametrize("k", [5, 300, 512])
+def test_costs_are_weighed_against_distances_and_an_infinite_one_is_never_paid(path, k: int) -> None:
+    torch.manual_seed(k)
+    rows, codebook, cost = torch.randn(500, 4), torch.randn(k, 4), torch.rand(k) * 3
+    cost[k // 2 :] = float("inf")
+    total = torch.cdist(rows.double(), codebook.double()).square() + cost
+    codes = nearest(rows, codebook, cost)
+    assert codes.max() < k // 2
+    assert torch.all(total.gather(1, codes[:, None])[:, 0] <= total.amin(1) + 1e-5)
+
+
+@pytest.mark.parametrize("n", [32, 2000])
+def test_of_equal_codes_the_first_is_chosen(path, n: int) -> None:
+    codebook = torch.randn(512, 4)
+    codebook[300:] = codebook[:212]
+    assert nearest(codebook.repeat(4, 1)[:n], codebook).max() < 300
+
+
+def test_a_row_that_is_not_a_number_still_gets_a_code_in_range(path) -> None:
+    rows = torch.randn(100, 4)
+    rows[3], rows[5] = float("nan"), float("inf")
+    for k in (5, 300, 1024):
+        codes = nearest(rows, torch.randn(k, 4))
+        assert codes.min() >= 0 and codes.max() < k
+
+
+def test_tiles_cover_the_rows_once() -> None:
+    for n, k in [(1, 1), (10, 1 << 20), (5000, 512)]:
+        rows = torch.arange(n)
+        assert torch.equal(torch.cat([rows[t] for t in search.tiles(n, k, rows.device)]), rows)
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+@pytest.mark.parametrize("entropy", [0.0, 0.1])
+def test_neither_forward_nor_backward_makes_an_n_by_k_tensor(path, update: str, entropy: float) -> None:
+    n, k, d = 8192, 2048, 4
+    quantizer = VQ(VQConfig(codes=k, dim=d, init="normal", update=update, entropy={"weight": entropy}))
+    z = torch.randn(8, d, n // 8, requires_grad=True)
+    with Largest() as largest:
+        out = quantizer(z, step_rng(0, 8))
+        (out.z.sum() + out.loss).backward()
+    assert n * d <= largest.elements <= search._TILE_FLOATS["cpu"] < n * k // 16
+
+
+def test_kmeans_lowers_the_distortion_and_leaves_no_two_centres_equal() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(2000, 3)
+    first = rows[torch.randperm(2000)[:50]]
+    centres, counts = kmeans(rows, 50, step_rng(0, 0))
+
+    def distortion(c: Tensor) -> float:
+        return torch.cdist(rows, c).amin(1).square().mean().item()
+
+    assert distortion(centres) < 0.8 * distortion(first)
+    assert counts.sum() == 2000
+    few, _ = kmeans(rows[:10], 50, step_rng(0, 0))
+    assert few.unique(dim=0).shape[0] == 50

@@ -140,12 +140,14 @@ def saver(save: Callable[[Path], Any], module: Any, comm: Comm) -> Callable[[Pat
     if not is_sharded(module):
         return save
     state = collect(module.state_dict(), keep=comm.rank == 0)
-    if comm.rank != 0:
-        return save  # never called
-    with torch.random.fork_rng(devices=[]):
-        plain = _plain_class(type(module))(module.config, module._spec_from_dict(module._spec_dict()))
-    plain.to(module.dtype).load_state_dict(state)
-    return getattr(plain, save.__name__)  # type: ignore[no-any-return]
+
+    def save_copy(folder: Path) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            copy = _plain_class(type(module))(module.config, module._spec_from_dict(module._spec_dict()))
+        copy.to(module.dtype).load_state_dict(state)
+        return getattr(copy, save.__name__)(folder)
+
+    return save_copy
 
 
 def _plain_class(cls: type[Any]) -> type[Any]:

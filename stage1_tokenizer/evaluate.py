@@ -25,6 +25,7 @@ from intarsia.order import share
 from intarsia.pictures import save_codebook, save_strips
 from intarsia.processes import start
 from stage1_tokenizer.data.base import SOURCES, Source, SourceConfig, Split
+from stage1_tokenizer.data.near_duplicates import without_near_duplicates
 from stage1_tokenizer.levels import LevelMetrics, partners, prefix_rows, swapped_rows
 from stage1_tokenizer.levels import lines as level_lines
 from stage1_tokenizer.metrics import CodeMetrics, ReconstructionMetrics, finite_or_null, unit
@@ -181,6 +182,10 @@ def report(tokenizer: Tokenizer, source: Source, split: str, comm: Comm = comm) 
         "swaps": [asdict(swap) for swap in swaps],
         "codes": {name: [asdict(level) for level in codes.compute()] for name, codes in usage.items()},
     }
+    if (far := without_near_duplicates(source, split)) is not None:  # the same on every rank
+        apart = evaluate(tokenizer, far, comm=comm).reconstruction
+        assert apart is not None
+        tree["reconstruction_without_near_duplicates"] = apart.compute()
     return tree, train.codes
 
 
@@ -191,6 +196,9 @@ def table(tree: dict[str, Any]) -> str:
         f"{found['samples']} {tree['split']} samples: PSNR {found['psnr']:.2f} dB (mean per sample), {found['psnr_pooled']:.2f} dB (pooled)"
         + (f", SSIM {found['ssim']:.4f} (11x11 Gaussian, inside the border)" if "ssim" in found else "")
     ]
+    if (far := tree.get("reconstruction_without_near_duplicates")) is not None:
+        quality = f"PSNR {far['psnr']:.2f} dB, {far['psnr_pooled']:.2f} dB (pooled)"
+        lines.append(f"{far['samples']} of them without a near neighbour in train: {quality}")
     lines += level_lines(tree)
     for split, levels in tree["codes"].items():
         for level in levels:

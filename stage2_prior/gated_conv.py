@@ -61,7 +61,8 @@ class Buffers:
     """What one layer keeps between steps; written in place. A step is a few small operations, so that views are made once.
 
     Attributes:
-        above: (B, kernel rows - 1, columns + 2 pad, D), the vertical stack's last input rows, padded.
+        rows: (B, kernel rows, columns + 2 pad, D), the vertical stack's last input rows, padded.
+        around, window: (B, columns, kernel rows, kernel columns, D), what the vertical kernel sees of them, as a view and copied.
         places, windows: of each column, the (B, D) where its input to the horizontal stack goes and the (B, kernel columns * D)
             that its kernel sees; all of one tensor, 0 to the left of column 0.
         told: of each column of this row, (B, 2D): what the vertical stack and the context tell its gates.
@@ -70,7 +71,9 @@ class Buffers:
         vertical, tell: the two large products of the vertical stack, the first over windows of (kernel rows * columns * D).
     """
 
-    above: Tensor
+    rows: Tensor
+    around: Tensor
+    window: Tensor
     places: Sequence[Tensor]
     windows: Sequence[Tensor]
     told: Sequence[Tensor]
@@ -137,9 +140,13 @@ class GatedLayer(nn.Module):
         like, width = self.horizontal_out.weight, self.horizontal_out.in_features
         left = like.new_zeros(batch, columns + self.reach - 1, width)
         inside = like.new_zeros(batch, 2 * width)
+        rows = like.new_zeros(batch, self.reach, columns + 2 * self.side, width)
+        around = rows.unfold(2, 2 * self.side + 1, 1).permute(0, 2, 1, 4, 3)
         matrix, bias = rearrange(self.vertical.weight, "o d r k -> o (r k d)"), self.vertical.bias
         return Buffers(
-            above=like.new_zeros(batch, self.reach - 1, columns + 2 * self.side, width),
+            rows=rows,
+            around=around,
+            window=torch.empty_like(around, memory_format=torch.contiguous_format),
             places=left[:, self.reach - 1 :].unbind(1),
             windows=[left[:, c : c + self.reach].flatten(1) for c in range(columns)],
             told=(),
@@ -154,10 +161,9 @@ class GatedLayer(nn.Module):
 
     def start_row(self, buffers: Buffers, v: Tensor, told: Tensor) -> Tensor:
         """The vertical stack of one row: v (B, C, D) to the next layer's v; ``told`` as in ``forward``, of this row."""
-        rows = torch.cat([buffers.above, F.pad(v, (0, 0, self.side, self.side))[:, None]], 1)
-        buffers.above = rows[:, 1:]
-        windows = rearrange(rows.unfold(2, 2 * self.side + 1, 1), "b r c d k -> b c (r k d)")
-        inside = buffers.vertical(windows)
+        buffers.rows[:, :-1] = buffers.rows[:, 1:].clone()
+        buffers.rows[:, -1, self.side : -self.side] = v
+        inside = buffers.vertical(buffers.window.copy_(buffers.around).flatten(2))
         to_h = buffers.tell(inside)
         if self.vertical_out is None:
             buffers.told = to_h.add_(told).unbind(1)

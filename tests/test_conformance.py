@@ -23,7 +23,8 @@ from stage1_tokenizer.quantizers.product import ProductConfig
 from stage1_tokenizer.quantizers.residual import ResidualConfig
 from stage1_tokenizer.quantizers.simvq import SimVQConfig
 from stage1_tokenizer.quantizers.vq import VQ, VQConfig
-from tests.plain_vq import BETA, FAULTS, GAMMA, PlainVQ
+from tests.plain_faults import FAULTS
+from tests.plain_vq import BETA, GAMMA, PlainVQ
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAITS = nearest_code(beta=BETA, codebook=0.0, ema=GAMMA, restart=True)
@@ -192,7 +193,7 @@ def test_the_command_line_checks_types_and_classes_of_ones_own(capsys: pytest.Ca
     main(["tests.plain_vq:PlainVQ"])
     assert "PlainVQ()" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
-        main(["tests.plain_vq:FlatCodes"])
+        main(["tests.plain_faults:FlatCodes"])
     assert stop.value.code == 1 and re.search(r"failed +shapes +codes of name", capsys.readouterr().out)
 
 
@@ -212,7 +213,33 @@ def test_the_command_line_says_what_is_wrong(argv: list[str], error: type[Except
         main(argv)
 
 
+def test_the_document_shows_what_other_layers_do() -> None:
+    """Check by check, for the version that the document names; figures may differ in their last digits."""
+    pytest.importorskip("vector_quantize_pytorch")
+    import importlib.util
+    from importlib.metadata import version
+
+    text = (ROOT / "docs/conformance.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"^(\S.*) \(vector-quantize-pytorch [\d.]+\)\n((?:(?:passed|failed|skipped) .*\n)+)", text, re.MULTILINE))
+    if f"(vector-quantize-pytorch {version('vector-quantize-pytorch')})" not in text:
+        pytest.skip(f"the document is not of version {version('vector-quantize-pytorch')}")
+    spec = importlib.util.spec_from_file_location("check_other_layers", ROOT / "examples/check_other_layers.py")
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    assert shown.keys() == example.LAYERS.keys()
+    for name, lines in shown.items():
+        expected = [tuple(line.split()[:2]) for line in lines.splitlines()]
+        assert [(o.status, o.check) for o in example.report(name).outcomes] == expected, name
+
+
 def test_the_document_names_every_check_and_its_promise() -> None:
     text = (ROOT / "docs/conformance.md").read_text(encoding="utf-8")
     missing = [name for name, entry in CHECKS.items() if f"| `{name}` | {entry.promise} |" not in text]
     assert not missing, missing
+
+
+def test_the_document_lists_every_fault() -> None:
+    text = (ROOT / "docs/conformance.md").read_text(encoding="utf-8")
+    rows = {f"| {str(cls.__doc__).splitlines()[0].rstrip('.')} | `{name}` |" for cls, name in FAULTS.items()}
+    assert not {row for row in rows if row not in text}

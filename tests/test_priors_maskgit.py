@@ -324,6 +324,8 @@ def test_a_level_sees_all_that_is_not_masked_of_it_and_of_the_levels_above_and_n
         assert (prior.logits(level, masked) - logits).abs().max() > 1e-3
     with pytest.raises(ValueError, match="codes: 1 levels; expected 2 to 3"):
         prior.logits(codes[:1], torch.ones(1, 1, 2, dtype=torch.bool), cond)
+    with pytest.raises(ValueError, match=r"masked: torch.bool \(1, 4, 4\); expected torch.bool \(1, 2, 2\)"):
+        prior.logits(codes[:2], torch.ones(1, 4, 4, dtype=torch.bool), cond)
 
 
 def test_the_loss_of_a_level_is_of_its_masked_codes_alone_weighted_by_positions() -> None:

@@ -249,7 +249,7 @@ TRAINED = {
 }
 
 
-@pytest.mark.parametrize("name", ["residual", "lfq", *(pytest.param(name, marks=pytest.mark.slow) for name in ("shared", "product", "fsq"))])
+@pytest.mark.parametrize("name", [name if name in ("residual", "lfq") else pytest.param(name, marks=pytest.mark.slow) for name in TRAINED])
 def test_c1_two_processes_and_accumulation_train_what_one_process_trains(ranks, tmp_path: Path, name: str) -> None:
     def config(folder: str, **more: object) -> object:
         base = tiny(tmp_path / folder, steps=12, precision="fp64", log={"every": 5, "checkpoint_every": 12}, **more)
@@ -269,9 +269,9 @@ def test_c1_two_processes_and_accumulation_train_what_one_process_trains(ranks, 
     assert one.distance(Left.of(tmp_path / "parts")) <= 1e-10
 
 
-@pytest.mark.parametrize(("change", "message"), [({"stages": 0}, "stages"), ({"dropout": 1.5}, "dropout"), ({"inner": {"type": "vqq"}}, "inner")])
-def test_impossible_settings_are_refused(change: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+@pytest.mark.parametrize("change", [{"stages": 0}, {"dropout": 1.5}, {"inner": {"type": "vqq"}}])
+def test_impossible_settings_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(change))):
         ResidualConfig.from_dict(change)
 
 

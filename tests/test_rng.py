@@ -141,7 +141,7 @@ def test_a_draw_does_not_depend_on_the_batch_or_its_order():
 
 def test_parts_have_draws_of_their_own():
     rng = StepRng(7, 3, torch.arange(N // 10))
-    subs = {"0": rng.sub(0), "1": rng.sub(1), "top": rng.sub("top"), "0 of 0": rng.sub(0).sub(0), "1 of 0": rng.sub(0).sub(1), "itself": rng}
+    subs = {"0": rng.sub(0), "1": rng.sub(1), "top": rng.sub("top"), "0/0": rng.sub(0).sub(0), "0/1": rng.sub(0).sub(1), "itself": rng}
     drawn = torch.stack([sub.uniform("a", 10).flatten() for sub in subs.values()])
     assert (torch.corrcoef(drawn) - torch.eye(len(subs))).abs().max() < 5 / math.sqrt(N)
     for row in drawn:

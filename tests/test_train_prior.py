@@ -219,18 +219,24 @@ def test_a_configuration_that_does_not_fit_the_codes_fails_before_training(codes
 
 
 # Evaluation ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["gpt", "maskgit"])
 def test_evaluation_says_what_nll_says_and_does_not_depend_on_the_processes(
-    codes: Path, tmp_path: Path, ranks: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    codes: Path,
+    tmp_path: Path,
+    ranks: Callable[..., list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
 ) -> None:
     monkeypatch.setattr(evaluate, "BATCH", 10)  # several batches, the last one short
-    train.train(config(tmp_path, codes, prior={"levels": ""}, steps=10), Flags())
+    train.train(config(tmp_path, codes, prior={"type": kind, "levels": ""} | TINY[kind], steps=10), Flags())
     evaluate.main(["--prior", str(tmp_path), "--codes", str(codes), "--device", "cpu"])
     tree = json.loads((tmp_path / "evaluation/validation.json").read_text())
     prior = Prior.from_pretrained(tmp_path / "model")
     data = CodesDataset(codes, "validation", prior.spec)
     batch = data.batch(torch.arange(len(data)))
     for name, cond in (("conditional", Cond(label=batch["label"])), ("unconditional", None)):
-        bits = prior.nll(batch["codes"], cond).double() / math.log(2)
+        bits = prior.nll(batch["codes"], cond, StepRng(0, 0, batch["index"])).double() / math.log(2)
         found = tree[name]
         assert found["bits_per_code"] == pytest.approx(bits.mean().item(), abs=1e-6)
         assert found["bits_per_sample"] == pytest.approx(bits.sum(1).mean().item(), abs=1e-5)
@@ -239,7 +245,9 @@ def test_evaluation_says_what_nll_says_and_does_not_depend_on_the_processes(
         maps = [torch.tensor(level["positions"], dtype=torch.float64) for level in found["levels"]]
         for level, each, expected in zip(LEVELS, maps, bits.mean(0).split([4, 16]), strict=True):
             torch.testing.assert_close(each, expected.view(level.shape), atol=1e-6, rtol=0)
-    said = f"{len(data)} validation samples, conditional: {tree['conditional']['bits_per_code']:.4f} bits per code"
+    bound = "at most " if kind == "maskgit" else ""
+    assert tree["bound"] == bool(bound)
+    said = f"{len(data)} validation samples, conditional: {bound}{tree['conditional']['bits_per_code']:.4f} bits per code"
     assert said in capsys.readouterr().out
     for theirs in ranks(lambda rank: evaluate.report(prior, data, "validation")):
         assert theirs["conditional"]["bits_per_code"] == pytest.approx(tree["conditional"]["bits_per_code"], abs=1e-12)

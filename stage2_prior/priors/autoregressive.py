@@ -171,20 +171,20 @@ class AutoregressivePrior(Prior):
             codes = torch.div(codes, weights, rounding_mode="floor") % sizes
         how = [[self._for_digit(each, size) for size in of] for each, of in zip(options, self.digits, strict=True)]
         out = torch.empty_like(numbers, dtype=torch.int64)
-        finite = torch.ones((), dtype=torch.bool, device=ids.device)
+        total = torch.zeros((), dtype=kind, device=ids.device)  # of all logits: finite where they are
         previous: Tensor | None = None
         for i, (level, position, digit) in enumerate(self.draws):
             logits, state = self.step(state, previous)
             if guided:
                 progress = position / max(1, self.layout.sizes[level] - 1)
                 logits = guide(logits[:n], logits[n:], options[level].guidance_at(progress))
-            finite &= logits.isfinite().all()
+            total += logits.sum(dtype=kind)
             drawn = draw(logits, numbers[:, i], how[level][digit])
             if known is not None:
                 drawn = torch.where(keep[:, i], codes[:, i], drawn)
             out[:, i] = drawn
             previous = torch.cat([drawn, drawn]) if guided else drawn
-        if not finite:
+        if not total.isfinite():
             raise ValueError(f"sample: the logits of this {self.type_name} prior are not finite")
         sequence = out.new_zeros(n, len(self.layout)).index_add_(1, places, out * weights)
         return [c.view(n, *level.shape) for c, level in zip(self.layout.split(sequence), self.own, strict=True)]

@@ -118,11 +118,13 @@ class MaskGITPrior(Prior):
         if not self.levels.start < stop <= self.levels.stop:
             raise ValueError(f"codes: {stop} levels; expected {self.levels.start + 1} to {self.levels.stop}")
         upper, own, label = self._arguments(codes, cond, check=True, stop=stop)
+        if masked.dtype != torch.bool or masked.shape != codes[-1].shape:
+            raise ValueError(f"masked: {masked.dtype} {tuple(masked.shape)}; expected torch.bool {tuple(codes[-1].shape)}")
         seen = [*own[:-1], torch.where(masked.to(self.device).flatten(1), self.own[len(own) - 1].vocab, own[-1])]
         return self._logits(len(own) - 1, seen, self._context(upper, label), None)
 
     def loss(self, codes: Sequence[Tensor], cond: Cond | None = None, rng: StepRng | None = None) -> tuple[Tensor, Stats]:
-        """The mean cross-entropy of the masked codes of a level, averaged over its levels by their positions; in nats.
+        """The mean cross-entropy of the masked codes of each level, averaged over the levels by their positions; in nats.
 
         Without ``rng`` all samples have the same masks, those of a fixed number.
         """
@@ -159,10 +161,10 @@ class MaskGITPrior(Prior):
 
         Codes drawn one by one in a random order sigma have -log p(x) <= E_sigma sum_t -log p(x_sigma(t) | those before it), by
         Jensen. With the mask of m codes uniform in 1..N, that is E_m N / m sum over the masked i of -log p(x_i | not masked)
-        (Uria et al. 2014, arXiv:1310.1757, equation 9; Hoogeboom et al. 2022, arXiv:2110.02037, equation 5): one pass per draw of
-        (m, mask), ``nll_samples`` of them with m drawn from equal strata. Entry i is N / m times the nats of code i where it is
-        masked, else 0: a single entry says little, the mean over samples is the mean cost of position i. One draw has a standard
-        deviation of about s sqrt(ln N / N) nats per code, s that of a code's nats; means over a data set hardly feel it.
+        (Uria et al. 2014, arXiv:1310.1757; Hoogeboom et al. 2022, arXiv:2110.02037): one pass per draw of (m, mask), ``nll_samples``
+        of them, with m drawn from equal strata. Entry i is N / m times the nats of code i where it is masked, else 0: a single
+        entry says little, the mean over samples is the mean cost of position i. One draw has a standard deviation of about
+        s sqrt(ln N / N) nats per code, s that of a code's nats; means over a data set hardly feel it.
 
         Args:
             rng: draws the masks; without it all samples have the same ones, those of a fixed number.

@@ -56,7 +56,7 @@ class PixelCNNState(State):
         whole: (B, 1, S), what they are told of the sample as a whole; None for a prior without conditions.
         buffers, memories: of each gated layer and of each attention.
         row: (B, C, D), the embedded codes of the row before; those of this row take their places step by step.
-        head: the layers that make logits, the last one packed.
+        head: the two products of the last layers, the second one packed.
     """
 
     known: Tensor
@@ -148,7 +148,7 @@ class PixelCNNPrior(AutoregressivePrior):
             buffers=[layer.begin(n, columns) for layer in self.stack],
             memories=[block.begin(n, rows * columns) for block in self.attentions],
             row=weight.new_zeros(n, columns, self.config.width),
-            head=(self.head[:-1], packed(cast(nn.Linear, self.head[-1]))),
+            head=(cast(nn.Linear, self.head[1]), packed(cast(nn.Linear, self.head[3]))),
         )
 
     def _start_row(self, state: PixelCNNState, row: int) -> None:
@@ -177,5 +177,5 @@ class PixelCNNPrior(AutoregressivePrior):
             if i in self.after:
                 j = self.after[i]
                 h = self.attentions[j].step(state.memories[j], h, before, state.index, column)
-        hidden, last = state.head
-        return last(hidden(h)), replace(state, index=state.index + 1)
+        first, last = state.head
+        return last(F.silu(first(F.silu(h)))), replace(state, index=state.index + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ RESTARTING: dict[str, Any] = {
     "vq": VQ,
     "vq, gradient": VQ.replace(update="gradient"),
     "vq, cosine, entropy": VQ.replace(cosine=True, entropy=EntropyConfig(weight=0.1)),
-    "vq, growing, rated": VQ.replace(grow=(3, 6), rate=0.01),
+    "vq, growing, rated": VQ.replace(codes=48, grow=(3, 6), rate=0.01),
     "residual": ResidualConfig(stages=3, dropout=0.5, inner=VQ),
     "residual, shared": ResidualConfig(stages=3, shared=True, inner=VQ),
     "product": ProductConfig(groups=2, inner=VQ),
@@ -104,4 +105,4 @@ def test_codebooks_came_from_kmeans_and_codes_restarted_in_every_step(case, both
     assert flags and not any(states[0][name] for name in flags) and all(states[1][name] for name in flags)
     assert min(restarts) >= 1
     for name in (name for name in states[0] if name.endswith("codebook")):
-        assert all(not torch.equal(before[name], after[name]) for before, after in zip(states, states[1:], strict=False)), name
+        assert all(not torch.equal(before[name], after[name]) for before, after in pairwise(states)), name

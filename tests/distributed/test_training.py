@@ -13,7 +13,11 @@ from intarsia.cli import RunError
 from intarsia.order import Order
 from intarsia.run import Run
 from stage1_tokenizer.data.arrays import ArraySplit
-from tests.training import HIERARCHY, Left, run_training, tiny
+from stage1_tokenizer.quantizers.product import ProductConfig
+from stage1_tokenizer.quantizers.residual import ResidualConfig
+from stage1_tokenizer.quantizers.vq import VQConfig
+from stage1_tokenizer.tokenizers.base import TOKENIZERS
+from tests.training import HIERARCHY, TOKENIZER, Left, run_training, tiny, together
 
 
 def each(ranks, config, before=None, **flags):
@@ -60,32 +64,42 @@ def test_c1_two_processes_equal_one_in_float32_over_20_steps(ranks, tmp_path):
     assert one.distance(two, ("module/",)) <= 1e-5
 
 
-def test_c1_two_processes_equal_one_with_a_hierarchy_of_levels(ranks, tmp_path):
-    """k-means from coarse to fine, a restart per level, every prefix decoded, and finer levels dropped at random."""
-    common = {"steps": 60, "precision": "fp64", "tokenizer": HIERARCHY, "log": {"every": 20, "checkpoint_every": 60}}
-    one = in_one(tiny(tmp_path / "one", **common))
-    two = in_two(ranks, tiny(tmp_path / "two", **common))
-    assert one.distance(two) <= 1e-10
-    assert {"module/quantizers.0.codebook", "module/quantizers.1.sums"} <= one.tensors.keys()
-    assert one.distance(in_one(tiny(tmp_path / "parts", accumulate=3, **common))) <= 1e-10
+TOKENIZER_CASES = {
+    "vq": TOKENIZER,
+    "residual": TOKENIZER.replace(quantizer=ResidualConfig(stages=3, dropout=0.5, inner=VQConfig(codes=12, dim=4, decay=0.9, restart=0.3))),
+    "product": TOKENIZER.replace(quantizer=ProductConfig(groups=2, inner=VQConfig(codes=12, dim=2, decay=0.9, restart=0.3))),
+    "hierarchy": HIERARCHY,
+}
+SHARES: dict[str, dict[str, int]] = {  # 21 = 11 + 10, also in micro-batches of 4, 4, 3 and 4, 3, 3; 5 = 3 + 2; and a rank without a sample
+    "whole": {"batch_size": 21},
+    "parts": {"batch_size": 21, "accumulate": 3},
+    "few": {"batch_size": 5},
+    "single": {"batch_size": 1},
+}
 
 
-def test_c1_accumulation_equals_the_whole_batch_also_in_two_processes(ranks, tmp_path):
-    common = {"steps": 60, "precision": "fp64", "log": {"every": 20, "checkpoint_every": 60}}
-    one = in_one(tiny(tmp_path / "one", **common))
-    parts = in_one(tiny(tmp_path / "parts", accumulate=3, **common))
-    both = in_two(ranks, tiny(tmp_path / "both", accumulate=3, **common))
-    assert one.distance(parts) <= 1e-10 and one.distance(both) <= 1e-10
+def test_every_registered_tokenizer_has_a_case():
+    assert {case.type_name for case in TOKENIZER_CASES.values()} == set(TOKENIZERS.names())
 
 
-@pytest.mark.parametrize("batch_size", [21, 5, 1])
-def test_c3_uneven_batches_equal_one_process(ranks, tmp_path, batch_size):
-    """21 = 11 + 10, 5 = 3 + 2, and one sample on two ranks: one of them has none."""
-    common = {"steps": 30, "precision": "fp64", "batch_size": batch_size, "log": {"validate_every": 30}}
-    one = in_one(tiny(tmp_path / "one", **common))
-    two = in_two(ranks, tiny(tmp_path / "two", **common))
-    assert one.distance(two) <= 1e-10
-    assert one.facts["best"] == pytest.approx(two.facts["best"], abs=1e-9)  # the PSNR over all 11 validation images, each counted once
+@pytest.mark.parametrize("case", TOKENIZER_CASES)
+def test_c1_and_c3_two_processes_train_a_tokenizer_as_one_does(case, ranks, tmp_path):
+    """k-means (from coarse to fine), restarts, quantiser dropout, dropped levels; uneven batches, micro-batches, averaged weights."""
+
+    def config(name, share):
+        averaged = {"optim": {"average": 0.9}, "log": {"validate_every": 20, "checkpoint_every": 20}}
+        return tiny(tmp_path / name, steps=20, precision="fp64", tokenizer=TOKENIZER_CASES[case], **averaged, **share)
+
+    for name, share in SHARES.items():
+        run_training(config(f"one-{name}", share))
+    together(ranks, *(lambda name=name, share=share: run_training(config(f"two-{name}", share)) for name, share in SHARES.items()))
+    one, two = ({name: Left.of(tmp_path / f"{count}-{name}") for name in SHARES} for count in ("one", "two"))
+    for name in SHARES:
+        assert one[name].distance(two[name], ("module/", "optimizer/", "average/")) <= 1e-10, name
+        # the PSNR over all 11 validation images, each counted once, of averaged weights and the codebooks that belong to them
+        assert one[name].facts["best"] == pytest.approx(two[name].facts["best"], abs=1e-9), name
+    assert one["whole"].distance(one["parts"]) <= 1e-10 and one["whole"].distance(two["parts"]) <= 1e-10
+    assert one["whole"].distance(one["few"], ("module/",)) > 1e-3  # other batches are another training
 
 
 def test_a9_a_run_goes_on_with_another_number_of_processes(ranks, tmp_path):

@@ -16,14 +16,15 @@ import pytest
 from intarsia import checkpoint
 from intarsia.checkpoint import newest_valid
 from intarsia.cli import Flags
-from stage1_tokenizer.data.base import SOURCES
-from stage1_tokenizer.encode import dump_codes
-from stage1_tokenizer.tokenizers.base import Tokenizer
+from stage1_tokenizer.health import HealthConfig
+from stage1_tokenizer.tokenizers.base import TokenizerConfig
 from stage2_prior import train as prior_script
+from stage2_prior.priors.base import PriorConfig
 from stage2_prior.priors.gpt import GPTConfig
 from stage2_prior.priors.maskgit import MaskGITConfig
 from tests.test_run import go
-from tests.training import LOG, Left, augmented, fork, run_training, tiny, wait
+from tests.tiny_codes import write_tiny_codes
+from tests.training import HIERARCHY, LOG, TOKENIZER, Left, augmented, fork, run_training, tiny, wait
 
 pytestmark = pytest.mark.faults
 KILLS = 12
@@ -65,27 +66,32 @@ def a1(main: Callable[[Path], Any], tmp_path: Path) -> None:
     assert runs >= 4
 
 
-def train_tokenizer(folder: Path) -> None:
-    log = {"checkpoint_every": 3, "validate_every": 10}
-    run_training(tiny(folder, steps=30, data=augmented(), workers=1, optim={"average": 0.9}, log=log))
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, HIERARCHY], ids=["ema", "vqvae2"])
+def test_a1_twelve_kills_of_a_tokenizer_leave_no_trace(tmp_path, tokenizer: TokenizerConfig):
+    """Augmented data read by a thread, averaged weights, and a look at the health of the codes between two checkpoints."""
 
+    def train_tokenizer(folder: Path) -> None:
+        log = {"checkpoint_every": 3, "validate_every": 10}
+        settings = {"data": augmented(), "workers": 1, "optim": {"average": 0.9}, "health": HealthConfig(every=7, quiet=True), "log": log}
+        run_training(tiny(folder, steps=30, tokenizer=tokenizer, **settings))
 
-def test_a1_twelve_kills_of_an_ema_tokenizer_leave_no_trace(tmp_path):
     a1(train_tokenizer, tmp_path)
 
 
-@pytest.mark.parametrize("kind", [GPTConfig, MaskGITConfig], ids=["gpt", "maskgit"])
-def test_a1_twelve_kills_of_a_prior_leave_no_trace(tmp_path, kind: type[GPTConfig] | type[MaskGITConfig]):
-    config = tiny(tmp_path / "tokenizer", steps=5)
-    run_training(config)
-    dump_codes(Tokenizer.from_pretrained(tmp_path / "tokenizer" / "model"), SOURCES.build(config.data), tmp_path / "codes")
+NOISE = {"width": 16, "depth": 1, "heads": 2, "corruption": 0.1, "dropout": 0.1}
+
+
+@pytest.mark.parametrize("prior", [GPTConfig(levels="0:2", **NOISE), MaskGITConfig(levels="1:3", **NOISE)], ids=["gpt", "maskgit"])
+def test_a1_twelve_kills_of_a_prior_leave_no_trace(tmp_path, prior: PriorConfig):
+    """Two levels at once, with every kind of noise in training and averaged weights."""
+    codes = write_tiny_codes(tmp_path / "codes")
 
     def train_prior(folder: Path) -> None:
         prior_script.train(
             prior_script.PriorTrainConfig(
                 run=str(folder),
-                codes=str(tmp_path / "codes"),
-                prior=kind(width=16, depth=1, heads=2),
+                codes=str(codes),
+                prior=prior,
                 steps=30,
                 batch_size=8,
                 precision="fp32",

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from intarsia.distributed import Comm, comm
@@ -117,7 +118,7 @@ def in_processes(work: Callable[[Comm], dict[str, Tensor]], world_size: int = 2)
         failures = [path.read_text() for path in sorted(folder.glob("*.failed"))]
         if failures:
             raise Violation("; ".join(failures))
-        return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+        return [load_file(folder / f"{rank}.safetensors") for rank in range(world_size)]
 
 
 def _fork(work: Callable[[Comm], dict[str, Tensor]], rank: int, world_size: int, folder: Path) -> int:
@@ -126,7 +127,7 @@ def _fork(work: Callable[[Comm], dict[str, Tensor]], rank: int, world_size: int,
         return child
     try:
         dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=TIMEOUT), world_size, rank)
-        torch.save(work(comm), folder / f"{rank}.pt")
+        save_file(work(comm), folder / f"{rank}.safetensors")
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:

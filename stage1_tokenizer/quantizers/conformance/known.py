@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -65,8 +66,8 @@ def _gumbel(q: Quantizer) -> Traits:
     def loss(q: Quantizer, z: Tensor, out: Quantized) -> Tensor:
         """kl KL(softmax(logits) | uniform)."""
         assert isinstance(q, Gumbel)
-        p = F.softmax(q.logits(rows_of(z)), -1)
-        return q.config.kl * (p * (p * q.codes).log()).sum(-1).mean()
+        log_p = F.log_softmax(q.logits(rows_of(z)), -1)
+        return q.config.kl * (log_p.exp() * (log_p + math.log(q.codes))).sum(-1).mean()
 
     nearest = nearest_code(beta=0.0, codebook=0.0).choices if q.config.logits == "distance" else None
     return Traits(choices=nearest, loss=loss)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -133,30 +132,6 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(codes: Path, tmp_path: Path
         train.train(train.PriorTrainConfig.from_dict(parts), Flags(max_steps=stop))
     assert distance(state_of(tmp_path / "whole"), state_of(tmp_path / "parts")) == 0
     assert Prior.from_pretrained(tmp_path / "whole/model").weights_sha256 == Prior.from_pretrained(tmp_path / "parts/model").weights_sha256
-
-
-@pytest.mark.parametrize("kind", ["gpt", "pixelcnn", "maskgit"])
-def test_two_processes_train_what_one_trains(codes: Path, tmp_path: Path, ranks: Callable[..., list[Any]], kind: str) -> None:
-    """With every kind of noise on, an odd batch and accumulation."""
-    noise = {"type": kind, "levels": "0:1", **TINY[kind], "corruption": 0.2, "dropout": 0.2, "cond_dropout": 0.3}
-    common = {"prior": noise, "steps": 30, "precision": "fp64", "batch_size": 13, "log": {"validate_every": 15}}
-    one, two, parts = (
-        train.PriorTrainConfig.from_dict(config(tmp_path / name, codes).to_dict() | common | extra)
-        for name, extra in (("one", {}), ("two", {}), ("parts", {"accumulate": 3}))
-    )
-    train.train(one, Flags())
-    train.train(parts, Flags())
-
-    def work(rank: int) -> None:
-        os.environ["LOCAL_WORLD_SIZE"] = "2"
-        train.train(two, Flags())
-
-    ranks(work)
-    expected = state_of(tmp_path / "one")
-    assert distance(expected, state_of(tmp_path / "two")) <= 1e-10
-    assert distance(expected, state_of(tmp_path / "parts")) <= 1e-10
-    bits = [validation_bits(tmp_path / name) for name in ("one", "two")]
-    assert len(bits[0]) == 2 and bits[0] == pytest.approx(bits[1], abs=1e-10)
 
 
 def test_init_starts_from_a_release_and_refuses_one_that_does_not_fit(codes: Path, tmp_path: Path) -> None:

@@ -299,29 +299,6 @@ def test_accumulation_equals_the_big_batch() -> None:
         assert float((value.double() - parts.state_dict()[name].double()).abs().max()) <= 1e-10, name
 
 
-def trained_in_processes(world: int) -> dict[str, Tensor]:
-    """k-means, then three steps on this rank's half of twelve signals; gradients are averaged as DDP averages them."""
-    torch.manual_seed(0)
-    tokenizer, x = VQVAE2(config(3, drop_finer=0.3), SIGNALS[2]).double(), signals(48).double()
-    rank = comm.rank if world > 1 else 0
-    tokenizer.initialize([x[rank * 48 // world : (rank + 1) * 48 // world]], rng_of(1), comm)
-    rows = slice(rank * 12 // world, (rank + 1) * 12 // world)
-    for at in range(3):
-        tokenizer.zero_grad()
-        loss_of(tokenizer, x[rows], rng_of(rows.stop - rows.start, at, rows.start)).backward()
-        with torch.no_grad():
-            for parameter in tokenizer.parameters():
-                parameter -= 0.1 * comm.all_reduce_sum_(parameter.grad.clone()) / world
-        tokenizer.update(rng_of(1, at), comm)
-    return tokenizer.state_dict()
-
-
-def test_two_processes_equal_one(ranks) -> None:
-    alone = trained_in_processes(1)
-    for state in ranks(lambda rank: trained_in_processes(2)):
-        assert max(float((state[name].double() - value.double()).abs().max()) for name, value in alone.items()) <= 1e-10
-
-
 def test_a_nan_is_flagged_and_leaves_every_codebook() -> None:
     tokenizer, x = built(3), signals(4)
     x[2, 0, 3, 3] = float("nan")

@@ -1,4 +1,4 @@
-"""Stage 1: tokenizers turn signals into grids of integers and back. Scripts: ``train``, ``encode``, ``evaluate``."""
+"""Stage 1: tokenizers turn signals into grids of integers and back. Scripts: ``train``, ``encode``, ``evaluate``, ``doctor``."""
 
 from stage1_tokenizer.data.arrays import ArraySplit
 from stage1_tokenizer.data.base import SOURCES, Source, Split

@@ -24,7 +24,7 @@ class LevelFacts:
 
     Attributes:
         name, vocab, positions: of the level.
-        used: codes that occurred; perplexity, entropy_bits: of their frequencies.
+        seen: how many codes were looked at; used: how many different ones occurred; perplexity, entropy_bits: of their frequencies.
         position_bits: (min, mean, max) entropy of a position.
         variance: of the latents, mean over dimensions; error: mean squared difference to the codes' vectors.
         twins: how many used codes have another one next to them; None where vectors were not compared.
@@ -34,6 +34,7 @@ class LevelFacts:
     name: str
     vocab: int
     positions: int
+    seen: int
     used: int
     perplexity: float
     entropy_bits: float
@@ -56,7 +57,7 @@ def level_findings(facts: LevelFacts) -> list[Finding]:
     """What is wrong with one level, worst first."""
     found = []
     where, ratio = f"level {facts.name}", facts.error / max(facts.variance, 1e-12)
-    if facts.used < LOW_USAGE * facts.vocab:
+    if facts.used < LOW_USAGE * min(facts.vocab, facts.seen):
         found.append(Finding(f"{where}: collapse, {facts.used} of {facts.vocab} codes are used", COLLAPSE))
     elif facts.perplexity < FEW_CODES * facts.used:
         shown = f"{where}: perplexity {facts.perplexity:.0f} of {facts.used} used codes: a few codes do nearly all the work"

@@ -87,6 +87,7 @@ def examine(tokenizer: Tokenizer, objective: Objective, split: Split, samples: i
                 name=level.name,
                 vocab=level.vocab,
                 positions=level.positions,
+                seen=statistics.codes,
                 used=statistics.used,
                 perplexity=statistics.perplexity,
                 entropy_bits=statistics.entropy_bits,

@@ -64,7 +64,7 @@ def look(tokenizer: Tokenizer, x: Tensor, counts: Sequence[Tensor], sums: Sequen
 def entropy_bits(counts: Tensor) -> Tensor:
     """(...,) bits of the distributions over the first axis of counts (vocab, ...)."""
     p = counts.double() / counts.sum(0, keepdim=True).clamp_min(1)
-    return -(p * p.clamp_min(1e-300).log2()).sum(0)
+    return (p * p.clamp_min(1e-300).log2()).sum(0).abs()
 
 
 def code_vectors(quantizer: Quantizer, level: LevelSpec) -> Tensor | None:

@@ -50,7 +50,6 @@ class PriorTrainConfig(RunConfig):
 
 
 def train(config: PriorTrainConfig, flags: Flags) -> None:
-    """The whole training."""
     """The whole training of a prior, from the checks of the folder to the release in ``model/``."""
     with Run(config, flags, kind="prior") as run:
         data, held = datasets(config)

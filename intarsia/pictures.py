@@ -217,7 +217,7 @@ def _curves(metrics: Path, limit: int) -> Image:
     return _drawn(canvas)
 
 
-def save_curves(path: str | Path, runs: Mapping[str, str | Path], *, limit: int = 12) -> None:
+def save_curves(path: str | Path, runs: Mapping[str, str | Path], *, limit: int = 18) -> None:
     """Each figure of each run over the steps, training and validation (``validation/NAME``) in one panel.
 
     Figures with a validation come first, then the rest in their order, ``limit`` panels per run. Raises ValueError for a file

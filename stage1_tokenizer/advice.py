@@ -70,7 +70,7 @@ def level_findings(facts: LevelFacts) -> list[Finding]:
         found.append(Finding(shown, "more codes, several stages (residual) or groups (product), a smaller dim, a longer training"))
     if facts.twins:
         shown = f"{where}: {facts.twins} used codes have another one next to them (nearer than {TWINS:.0%} of the usual distance)"
-        found.append(Finding(shown, "a smaller codes, or rate: 0.02: twins cost bits and add nothing"))
+        found.append(Finding(shown, "a smaller codes, or rate: 0.01: twins cost bits and add nothing"))
     if facts.swap_cost is not None and facts.swap_cost < CHEAP_SWAP:
         shown = f"{where}: carries nothing; another sample's codes cost {facts.swap_cost:.1f} dB"
         found.append(Finding(shown, "objective.prefix_weight: 0.25 with auxiliary decoders, or drop_finer: 0.1"))

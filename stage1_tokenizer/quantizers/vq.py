@@ -45,7 +45,7 @@ class VQConfig(QuantizerConfig):
     """A code used less than this share of the mean use is restarted from a current latent; 0 = never."""
     rate: Added[float] = 0.0
     """Squared error per dimension that one bit is worth: a code costs -log2 of how often it is used (Chou et al. 1989), so that
-    codes carry fewer bits for the same error and are easier to model; 0 takes the nearest code."""
+    codes carry fewer bits for a little more error and are easier to model; 0 takes the nearest code."""
     cosine: bool = False
     """l2-normalised latents and codes (Yu et al. 2021, arXiv:2110.04627); wants a small D."""
     estimator: Added[Estimator] = "straight_through"

@@ -97,7 +97,10 @@ GPT = "prior: {{type: gpt, "
 PRIOR_CASES = {
     "unknown key": (GPT + "widht: 3}}", "prior.widht: unknown key; did you mean 'width'? allowed: levels, cond_dropout"),
     "key of another type": ("prior: {{type: pixelcnn, inner: 2}}", "prior.inner: unknown key; allowed: levels"),
-    "unknown type": ("prior: {{type: pixelcnnn}}", "prior: unknown prior 'pixelcnnn'; did you mean 'pixelcnn'? known: gpt, maskgit, pixelcnn, rq"),
+    "unknown type": (
+        "prior: {{type: pixelcnnn}}",
+        "prior: unknown prior 'pixelcnnn'; did you mean 'pixelcnn'? known: gpt, maskgit, pixelcnn, rq",
+    ),
     "text for int": (GPT + "depth: '6'}}", "prior.depth: Input should be a valid integer; got '6'"),
     "out of range": (GPT + "cond_dropout: 1.5}}", "prior.cond_dropout: Input should be less than or equal to 1; got 1.5"),
     "none of the words": (GPT + "order: depth}}", "prior.order: Input should be 'level' or 'position'; got 'depth'"),

@@ -28,9 +28,12 @@ class AssembleConfig(Config):
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, _ = parse(AssembleConfig, argv, ALIASES, PROGRAM)
+    config, flags = parse(AssembleConfig, argv, ALIASES, PROGRAM)
     priors = [path.strip() for path in config.priors.split(",")]
     pipeline = TwoStagePipeline.from_runs(config.tokenizer, priors, defaults=config.sampling.given())
+    if flags.check or flags.dry_run:
+        print(f"{pipeline}: the parts fit; nothing was written")
+        return
     pipeline.save_pretrained(config.out)
     print(f"{pipeline} -> {config.out}")
 

@@ -118,11 +118,11 @@ def markdown(rows: Sequence[Row], mixed: bool = False) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, _ = parse(ReportConfig, argv, program=PROGRAM)
+    config, flags = parse(ReportConfig, argv, program=PROGRAM)
     rows = [read_row(folder.strip()) for folder in config.evaluations.split(",")]
     text = markdown(rows, config.mixed)
     print(text, end="")
-    if config.out:
+    if config.out and not (flags.check or flags.dry_run):
         Path(config.out).absolute().parent.mkdir(parents=True, exist_ok=True)
         write_atomic(Path(config.out), text.encode())
 

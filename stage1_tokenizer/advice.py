@@ -72,7 +72,7 @@ def level_findings(facts: LevelFacts) -> list[Finding]:
         shown = f"{where}: {facts.twins} used codes have another one next to them (nearer than {TWINS:.0%} of the usual distance)"
         found.append(Finding(shown, "a smaller codes, or rate: 0.01: twins cost bits and add nothing"))
     if facts.swap_cost is not None and facts.swap_cost < CHEAP_SWAP:
-        shown = f"{where}: carries nothing; another sample's codes cost {facts.swap_cost:.1f} dB"
+        shown = f"{where}: carries nothing; another sample's codes cost {facts.swap_cost:z.1f} dB"
         found.append(Finding(shown, "objective.prefix_weight: 0.25 with auxiliary decoders, or drop_finer: 0.1"))
     if facts.used > 1 and facts.position_bits[0] < FLAT * facts.entropy_bits:
         shown = f"{where}: a position says {facts.position_bits[0]:.2f} bits, the most telling one {facts.position_bits[2]:.2f}"

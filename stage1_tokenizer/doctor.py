@@ -61,7 +61,7 @@ def page(checkup: Checkup) -> list[str]:
         lines.append(
             f"  latents: variance {facts.variance:.4g}, quantisation error {facts.error:.4g}"
             f" ({facts.error / max(facts.variance, 1e-12):.0%})"
-            + ("" if facts.swap_cost is None else f"; another sample's codes cost {facts.swap_cost:.1f} dB")
+            + ("" if facts.swap_cost is None else f"; another sample's codes cost {facts.swap_cost:z.1f} dB")
         )
         if pairs:
             lines.append("  nearest codes: " + ", ".join(f"{a} and {b} ({d:.3g})" for a, b, d in pairs))

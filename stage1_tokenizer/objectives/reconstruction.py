@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from intarsia.config import Added
 from intarsia.rng import StepRng
 from stage1_tokenizer.objectives.base import OBJECTIVES, Objective, ObjectiveConfig
 from stage1_tokenizer.tokenizers.base import TokenizerOutput
@@ -18,6 +19,9 @@ class ReconstructionConfig(ObjectiveConfig):
 
     error: Literal["mse", "l1"] = "mse"
     """Mean squared or mean absolute error, on the scale of [-1, 1]."""
+    censored: Added[bool] = False
+    """Where the signal stands at -1 or 1, a reconstruction beyond it is no error: clamping mends it (a censored likelihood, Tobin
+    1958). Flat regions at a limit, such as a black background, then come out exactly."""
     weight: float = 10.0
     """Weight of the error against the quantiser's terms."""
     prefix_weight: float = 0.25
@@ -46,4 +50,6 @@ class Reconstruction(Objective):
 
     def _error(self, y: Tensor, x: Tensor) -> Tensor:
         y = y.to(x.dtype)  # half precision is compared in the precision of the signal
+        if self.config.censored:
+            y = y.where((x > -1) | (y > -1), x).where((x < 1) | (y < 1), x)
         return F.mse_loss(y, x) if self.config.error == "mse" else F.l1_loss(y, x)

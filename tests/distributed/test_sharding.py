@@ -68,6 +68,7 @@ PRIORS = {
     "gpt": GPT,
     "pixelcnn": {"type": "pixelcnn", "levels": "1:2", "width": 8, "depth": 2},
     "maskgit": {"type": "maskgit", "levels": "1:2", "width": 12, "depth": 2, "heads": 2},
+    "rq": {"type": "rq", "levels": "0:1", "width": 12, "depth": 2, "inner": 1, "heads": 2},
 }
 
 

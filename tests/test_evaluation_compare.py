@@ -187,9 +187,13 @@ def cells(line: str) -> list[str]:
 
 def test_a_table_has_a_row_per_pipeline_and_marks_bounds(evaluations: Path, capsys: Any) -> None:
     out = evaluations / "tables" / "table.md"
-    report.main(["--evaluations", f"{evaluations / 'one'},{evaluations / 'two'}", "--out", str(out)])
+    words = ["--evaluations", f"{evaluations / 'one'},{evaluations / 'two'}", "--out", str(out)]
+    report.main([*words, "--check"])
+    shown = capsys.readouterr().out
+    assert not out.exists()
+    report.main(words)
     text = out.read_text()
-    assert capsys.readouterr().out == text
+    assert capsys.readouterr().out == text == shown
     head, rule, one, two, _, note = text.splitlines()
     assert set(cells(rule)) == {"---"} and len(cells(head)) == len(cells(one)) == len(cells(two))
     first, second = dict(zip(cells(head), cells(one), strict=True)), dict(zip(cells(head), cells(two), strict=True))

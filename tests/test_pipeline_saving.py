@@ -218,6 +218,8 @@ def test_assembling_keeps_the_sampling_options_that_it_is_given(ladder: TwoStage
         str(tmp_path / "made"),
     ]
     words += ["--temperature.top", "0.5", "--min_p", "0.1", "--guidance.start", "1", "--guidance.stop", "3"]
+    assemble.main([*words, "--check"])
+    assert not (tmp_path / "made").exists()
     assemble.main(words)
     options = {"temperature": {"top": 0.5}, "min_p": 0.1, "guidance": {"start": 1, "stop": 3}}
     loaded = TwoStagePipeline.from_pretrained(tmp_path / "made")

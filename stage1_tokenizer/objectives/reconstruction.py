@@ -21,7 +21,7 @@ class ReconstructionConfig(ObjectiveConfig):
     """Mean squared or mean absolute error, on the scale of [-1, 1]."""
     censored: Added[bool] = False
     """Where the signal stands at -1 or 1, a reconstruction beyond it is no error: clamping mends it (a censored likelihood, Tobin
-    1958). Flat regions at a limit, such as a black background, then come out exactly."""
+    1958)."""
     weight: float = 10.0
     """Weight of the error against the quantiser's terms."""
     prefix_weight: float = 0.25

@@ -58,3 +58,18 @@ def test_half_precision_is_compared_in_the_precision_of_the_signal() -> None:
     loss, _ = Reconstruction(ReconstructionConfig(censored=True)).tokenizer_loss(out, X, 0, StepRng(0, 0, torch.arange(1)))
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(loss_and_gradient(Y.bfloat16().float(), censored=True)[0])
+
+
+def test_the_absolute_error_is_added_to_the_squared_one() -> None:
+    mixed, gradient = loss_and_gradient(Y, absolute=0.5, weight=2.0)
+    squared, of_squared = loss_and_gradient(Y, weight=2.0)
+    absolute, of_absolute = loss_and_gradient(Y, error="l1", weight=2.0)
+    assert mixed == pytest.approx(squared + 0.5 * absolute)
+    assert torch.allclose(gradient, of_squared + 0.5 * of_absolute)
+
+
+def test_an_absolute_error_on_top_of_itself_is_refused() -> None:
+    with pytest.raises(ValueError, match="absolute: 0.5 is added to error 'mse'; error is 'l1'"):
+        ReconstructionConfig(error="l1", absolute=0.5)
+    with pytest.raises(ValueError, match="absolute: -1"):
+        ReconstructionConfig(absolute=-1)

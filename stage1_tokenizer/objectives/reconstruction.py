@@ -22,6 +22,8 @@ class ReconstructionConfig(ObjectiveConfig):
     censored: Added[bool] = False
     """Where the signal stands at -1 or 1, a reconstruction beyond it is no error: clamping mends it (a censored likelihood, Tobin
     1958)."""
+    absolute: Added[float] = 0.0
+    """Adds so many times the mean absolute error to the squared one: small errors weigh more, such as those of an even background."""
     weight: float = 10.0
     """Weight of the error against the quantiser's terms."""
     prefix_weight: float = 0.25
@@ -30,6 +32,10 @@ class ReconstructionConfig(ObjectiveConfig):
     def model_post_init(self, context: Any) -> None:
         if self.weight <= 0 or self.prefix_weight < 0:
             raise ValueError(f"weight {self.weight} must be positive and prefix_weight {self.prefix_weight} not negative")
+        if self.absolute < 0:
+            raise ValueError(f"absolute: {self.absolute} must not be negative")
+        if self.absolute and self.error != "mse":
+            raise ValueError(f"absolute: {self.absolute} is added to error 'mse'; error is {self.error!r}")
 
 
 @OBJECTIVES.register("reconstruction", ReconstructionConfig)
@@ -52,4 +58,7 @@ class Reconstruction(Objective):
         y = y.to(x.dtype)  # half precision is compared in the precision of the signal
         if self.config.censored:
             y = y.where((x > -1) | (y > -1), x).where((x < 1) | (y < 1), x)
-        return F.mse_loss(y, x) if self.config.error == "mse" else F.l1_loss(y, x)
+        error = F.mse_loss(y, x) if self.config.error == "mse" else F.l1_loss(y, x)
+        if self.config.absolute:
+            error = error + self.config.absolute * F.l1_loss(y, x)
+        return error

@@ -60,6 +60,9 @@ class _NoInitialisation(TorchFunctionMode):
 def build_on_meta(cls: type[Any], config: Any, spec: Any, dtype: torch.dtype = torch.float32, max_bytes: int | None = None) -> nn.Module:
     """``cls(config, spec)`` without memory: shapes and dtypes only.
 
+    Constructors do best with ``torch.empty``, ``torch.nn.init`` and assignments: for arithmetic on the meta device, such as
+    ``torch.randn(n) * 0.5``, torch imports its compiler, which takes seconds.
+
     Raises:
         BudgetError: where its parameters and buffers take more than ``max_bytes``.
     """

@@ -140,6 +140,13 @@ def test_importing_the_packages_loads_nothing_heavy():
     assert set(PACKAGES) <= set(out) and not set(out) & set(HEAVY), sorted(set(out) & set(HEAVY))
 
 
+def test_loading_a_pipeline_does_not_load_the_compiler_of_torch():
+    """Arithmetic on the meta device, where ``from_pretrained`` builds, imports it: seconds for nothing."""
+    code = "import sys; from pipelines import TwoStagePipeline as P; P.bundled(); print(*(n in sys.modules for n in ('torch._dynamo', 'sympy')))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert out.split() == ["False", "False"]
+
+
 def test_pipelines_exports_three_names():
     import pipelines
 

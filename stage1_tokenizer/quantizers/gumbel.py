@@ -68,7 +68,7 @@ class Gumbel(CodebookQuantizer):
         super().__init__(config.codes, config.dim)
         self.config = config
         self.soft = not config.hard
-        self.codebook = nn.Parameter(torch.randn(config.codes, config.dim) * config.dim**-0.5)
+        self.codebook = nn.Parameter(nn.init.normal_(torch.empty(config.codes, config.dim), std=config.dim**-0.5))
         self.head = nn.Linear(config.dim, config.codes) if config.logits == "linear" else None
         self.register_buffer("initialized", torch.tensor(config.init == "normal"))
         self._start_head()

@@ -47,7 +47,7 @@ class SimVQ(CodebookQuantizer):
         super().__init__(config.codes, config.dim)
         self.config = config
         self.straight_through = config.estimator == "straight_through"
-        self.register_buffer("basis", torch.randn(config.codes, config.dim) * config.dim**-0.5)
+        self.register_buffer("basis", nn.init.normal_(torch.empty(config.codes, config.dim), std=config.dim**-0.5))
         self.register_buffer("initialized", torch.tensor(config.init == "identity"))
         self.map = nn.Linear(config.dim, config.dim)
         nn.init.eye_(self.map.weight)

@@ -93,19 +93,19 @@ class VQ(CodebookQuantizer):
         self.straight_through = not config.cosine and config.estimator == "straight_through"
         self.averages = config.update == "ema"
         k, d = config.codes, config.dim
-        vectors = torch.randn(k, d) * d**-0.5
+        vectors = nn.init.normal_(torch.empty(k, d), std=d**-0.5)
         if config.cosine:
             vectors = F.normalize(vectors, dim=1)
-        counts = torch.ones(k)
+        first = codes_at(0, k, config.grow) if config.grow else k
+        counts, sums = torch.ones(k), vectors.clone()
+        counts[first:], sums[first:] = 0, 0
         if config.grow:
-            first = codes_at(0, k, config.grow)
-            counts[first:] = 0
             self.register_buffer("used", torch.tensor(first))
         if config.update == "gradient":
             self.codebook = nn.Parameter(vectors)
         else:
             self.register_buffer("codebook", vectors)
-            self.register_buffer("sums", vectors * counts[:, None])
+            self.register_buffer("sums", sums)
         self.register_buffer("counts", counts)
         self.register_buffer("initialized", torch.tensor(config.init == "normal"))
         self.slots = min(k, SLOTS) if config.restart > 0 else 0

@@ -55,7 +55,7 @@ class RQPrior(SequencePrior):
     def __init__(self, config: RQConfig, spec: CodesSpec) -> None:
         super().__init__(config, spec, "position")
         self.trunk = Transformer(config.width, config.depth, config.heads)
-        self.depths = nn.Parameter(0.1 * torch.randn(len(self.own), config.width))
+        self.depths = nn.Parameter(nn.init.normal_(torch.empty(len(self.own), config.width), std=0.1))
         self.inner = Transformer(config.width, config.inner, config.heads)
 
     def _places(self) -> Layout:

@@ -72,7 +72,7 @@ class SequencePrior(AutoregressivePrior):
         self.context = ContextEncoder(self.places, self.upper, width, classes, self.has_null, config.positions == "learned")
         self.codes = nn.ModuleList(code_table(sizes, width, 0.5) for sizes in self.digits)
         self.prefix = self.conditional and config.label == "prefix"
-        self.first = None if self.prefix else nn.Parameter(0.5 * torch.randn(width))
+        self.first = None if self.prefix else nn.Parameter(nn.init.normal_(torch.empty(width), std=0.5))
         self.first_label = nn.Linear(width, width, bias=False) if self.conditional and not self.prefix else None
         self.heads = nn.ModuleList(code_head(sizes, width) for sizes in self.digits)
         if config.positions == "rotary":  # refuses heads that are too small

@@ -61,7 +61,7 @@ def build_on_meta(cls: type[Any], config: Any, spec: Any, dtype: torch.dtype = t
     """``cls(config, spec)`` without memory: shapes and dtypes only.
 
     Constructors do best with ``torch.empty``, ``torch.nn.init`` and assignments: for arithmetic on the meta device, such as
-    ``torch.randn(n) * 0.5``, torch imports its compiler, which takes seconds.
+    ``torch.randn(n) * 0.5``, torch imports its compiler, which takes longer than all else.
 
     Raises:
         BudgetError: where its parameters and buffers take more than ``max_bytes``.

@@ -141,7 +141,7 @@ def test_importing_the_packages_loads_nothing_heavy():
 
 
 def test_loading_a_pipeline_does_not_load_the_compiler_of_torch():
-    """Arithmetic on the meta device, where ``from_pretrained`` builds, imports it: seconds for nothing."""
+    """Arithmetic on the meta device, where ``from_pretrained`` builds, imports it for nothing."""
     look = "print(*(name in sys.modules for name in ('torch._dynamo', 'sympy')))"
     code = f"import sys; from pipelines import TwoStagePipeline; TwoStagePipeline.bundled(); {look}"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout

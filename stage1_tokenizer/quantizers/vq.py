@@ -97,15 +97,16 @@ class VQ(CodebookQuantizer):
         if config.cosine:
             vectors = F.normalize(vectors, dim=1)
         first = codes_at(0, k, config.grow) if config.grow else k
-        counts, sums = torch.ones(k), vectors.clone()
-        counts[first:], sums[first:] = 0, 0
+        counts = torch.ones(k)
+        counts[first:] = 0
         if config.grow:
             self.register_buffer("used", torch.tensor(first))
         if config.update == "gradient":
             self.codebook = nn.Parameter(vectors)
         else:
             self.register_buffer("codebook", vectors)
-            self.register_buffer("sums", sums)
+            self.register_buffer("sums", vectors.clone())
+            self.sums[first:] = 0
         self.register_buffer("counts", counts)
         self.register_buffer("initialized", torch.tensor(config.init == "normal"))
         self.slots = min(k, SLOTS) if config.restart > 0 else 0

@@ -75,7 +75,7 @@ class VQVAE(Tokenizer):
         return z if z.dtype == torch.float64 else z.float()
 
     def _reconstruct(self, z_q: Tensor) -> Tensor:
-        # quantisers give channels last, in which group norm is four times slower on a CPU
+        # quantisers give channels last, in which torch's group norm is slow on a CPU
         return self.net.decode(self.from_codes(z_q.contiguous()))
 
     def forward(self, x: Tensor, cond: Cond | None = None, rng: StepRng | None = None) -> TokenizerOutput:

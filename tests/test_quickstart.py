@@ -15,8 +15,20 @@ ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ("samples.png", "reconstructions.png", "curves.png", "codebook.png")
 
 
+TOKENIZER = """
+data: {type: bundled, name: fashion}
+tokenizer: {type: vqvae, net: {type: conv, patch: 4, widths: [16], blocks: [1], encoder_blocks: [0]}, quantizer: {type: vq, codes: 512, dim: 8}}
+"""
+PRIOR = "prior: {type: pixelcnn, width: 16, depth: 2}"
+
+
 def quickstart(run: Path, steps: int) -> subprocess.CompletedProcess[str]:
+    """The command with small nets: what it promises does not depend on them, the minutes of this test do."""
     words = [sys.executable, "-m", "pipelines.quickstart", "--run", str(run), "--samples", "40", "--max_steps", str(steps)]
+    for option, text in (("--tokenizer", TOKENIZER), ("--prior", PRIOR)):
+        file = run.with_name(f"{option.strip('-')}.yaml")
+        file.write_text(text)
+        words += [option, str(file)]
     return subprocess.run(words, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
 
 

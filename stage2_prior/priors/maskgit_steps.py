@@ -54,8 +54,8 @@ class Predictor:
                 return first(where, guidance)
             x = torch.cat([*above, table(tokens)], 1)
             told = [self.told] if self.null is None or not how.guided else [self.told, self.null]
-            seen = self.trunk(torch.cat([x + each[:, :length] for each in told]), rotary)[:, -size:]
-            logits = head(at(seen, where.repeat(len(told), 1) if len(where) > 1 else where))
+            asked = (where.repeat(len(told), 1) if len(where) > 1 else where) + (length - size)
+            logits = head(self.trunk(torch.cat([x + each[:, :length] for each in told]), rotary, asked))
             return logits if len(told) == 1 else guide(logits[:n], logits[n:], guidance)
 
         return score
@@ -82,20 +82,28 @@ class Predictor:
         return first
 
 
-def at(features: Tensor, where: Tensor) -> Tensor:
-    """(B, N, D) to (B, k, D): the features of some positions, ``where`` (B, k), or (1, k) for the same of all rows."""
+def at(x: Tensor, where: Tensor) -> Tensor:
+    """(B, ..., N, D) to (B, ..., k, D): some positions, ``where`` (B, k), or (1, k) for the same of all rows."""
     if len(where) == 1:
-        return features[:, where[0]]
-    return features.gather(1, where[..., None].expand(-1, -1, features.shape[2]))
+        return x[..., where[0], :]
+    index = where.view(len(where), *[1] * (x.ndim - 3), -1, 1)
+    return x.gather(-2, index.expand(*x.shape[:-2], -1, x.shape[-1]))
 
 
-def frozen(trunk: Transformer) -> Callable[[Tensor, Rotary | None], Tensor]:
-    """``trunk`` with its weights as they are now, packed once for many calls; without gradients."""
+def frozen(trunk: Transformer) -> Callable[..., Tensor]:
+    """``trunk`` with its weights as they are now, packed once for many calls; without gradients.
+
+    Returns:
+        (x (B, N, D), rotary, where (B or 1, k)) -> (B, k, D) features of these positions alone: the last block computes nothing
+        of the others but keys and values. ``where`` None: of all.
+    """
     layers = [(block, block.projections()) for block in trunk.stack]
 
-    def run(x: Tensor, rotary: Rotary | None) -> Tensor:
-        for block, (project, out, gate_up, down) in layers:
+    def run(x: Tensor, rotary: Rotary | None, where: Tensor | None = None) -> Tensor:
+        for i, (block, (project, out, gate_up, down)) in enumerate(layers):
             q, k, v = block.attention.split(project(block.attention_norm(x)), rotary)
+            if where is not None and i == len(layers) - 1:
+                q, x = at(q, where), at(x, where)
             x = x + out(attend(q, k, v, causal=False).transpose(1, 2).flatten(2))
             x = x + swiglu(block.feed_forward_norm(x), gate_up, down)
         return trunk.norm(x)

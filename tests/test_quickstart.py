@@ -17,7 +17,10 @@ PICTURES = ("samples.png", "reconstructions.png", "curves.png", "codebook.png")
 
 TOKENIZER = """
 data: {type: bundled, name: fashion}
-tokenizer: {type: vqvae, net: {type: conv, patch: 4, widths: [16], blocks: [1], encoder_blocks: [0]}, quantizer: {type: vq, codes: 512, dim: 8}}
+tokenizer:
+  type: vqvae
+  net: {type: conv, patch: 4, widths: [16], blocks: [1], encoder_blocks: [0]}
+  quantizer: {type: vq, codes: 512, dim: 8}
 """
 PRIOR = "prior: {type: pixelcnn, width: 16, depth: 2}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -90,13 +90,15 @@ def at(x: Tensor, where: Tensor) -> Tensor:
     return x.gather(-2, index.expand(*x.shape[:-2], -1, x.shape[-1]))
 
 
-def frozen(trunk: Transformer) -> Callable[..., Tensor]:
-    """``trunk`` with its weights as they are now, packed once for many calls; without gradients.
+class Features(Protocol):
+    """x (B, N, D) to (B, k, D), the features of the positions ``where``, (B or 1, k); to those of all, (B, N, D), for None."""
 
-    Returns:
-        (x (B, N, D), rotary, where (B or 1, k)) -> (B, k, D) features of these positions alone: the last block computes nothing
-        of the others but keys and values. ``where`` None: of all.
-    """
+    def __call__(self, x: Tensor, rotary: Rotary | None, where: Tensor | None = None) -> Tensor: ...
+
+
+def frozen(trunk: Transformer) -> Features:
+    """``trunk`` with its weights as they are now, packed once for many calls; without gradients. Of positions that are not
+    asked for, the last block computes keys and values alone."""
     layers = [(block, block.projections()) for block in trunk.stack]
 
     def run(x: Tensor, rotary: Rotary | None, where: Tensor | None = None) -> Tensor:

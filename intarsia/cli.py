@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import sys
@@ -173,8 +174,18 @@ def run_main(main: Callable[[], Any]) -> None:
     """Calls ``main``; a mistake of the user's is printed in one line and ends with exit code 2, a failed run with 3.
 
     What all ranks raise is printed by rank 0. The others wait a moment, in which the launcher ends them, and speak only
-    where they are alone with their error.
+    where they are alone with their error. A rank that a launcher started ends without Python's teardown (``_leave``).
     """
+    try:
+        _report(main)
+    except SystemExit as stop:
+        if isinstance(stop.code, int):
+            _leave(stop.code)
+        raise
+    _leave(0)
+
+
+def _report(main: Callable[[], Any]) -> None:
     try:
         main()
     except (RunError, ConfigError, UserError, ValueError, FileNotFoundError, NotADirectoryError, FileExistsError, PermissionError) as error:
@@ -188,3 +199,18 @@ def run_main(main: Callable[[], Any]) -> None:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         raise SystemExit(3 if isinstance(error, RunError) else 2) from None
+
+
+def _leave(code: int) -> None:
+    """Ends one of several launched processes after its exit handlers; returns in any other.
+
+    Threads of gloo outlive destroy_process_group where DDP was used, and a process whose work was done has been seen to abort while
+    Python was torn down around them: the launcher then reports a failure.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 from typing import Any, Literal
 
@@ -296,3 +299,25 @@ def test_a_run_that_fails_ends_with_3_and_says_where(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         run_main(main)
     assert stop.value.code == 3 and capsys.readouterr().err == "error: loss: nan (rank 0, step 7)\n"
+
+
+@pytest.mark.parametrize(("world", "code"), [("2", 0), ("2", 143), ("1", 0)])
+def test_a_launched_rank_is_not_torn_down_and_says_how_it_ended(world, code):
+    """Teardown is made to abort: as threads of a process group may, once all work is done."""
+    program = f"""
+import atexit, os, sys
+from intarsia.cli import run_main
+class Last:
+    def __del__(self, abort=os.abort):
+        abort()
+last = Last()
+def main():
+    atexit.register(print, "handled")
+    print("done")
+    if {code}:
+        raise SystemExit({code})
+run_main(main)
+"""
+    env = os.environ | {"WORLD_SIZE": world, "TORCHELASTIC_RUN_ID": "none"}
+    done = subprocess.run([sys.executable, "-c", program], env=env, text=True, capture_output=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (code if world == "2" else -signal.SIGABRT, "done\nhandled\n")

@@ -1,19 +1,21 @@
 """Quantisers side by side: ``python -m pipelines.compare_quantizers --config compare_quantizers/fashion_mnist --out runs/compare``.
 
 Each quantiser is trained with the same nets, data, seed and time through the ordinary commands: its number of steps is what fits
-into ``seconds``, measured before, so that every learning rate runs its whole schedule. The best then get a prior each. The same
-command goes on where it was interrupted; results/NAME.json is written as each is done, report.md and curve.png at the end of
-every round.
+into ``seconds``, so that every learning rate runs its whole schedule. The paces of all are measured first, in one sitting: from
+then on steps count, and the rest may run on another machine, or several at once (``jobs``). The best then get a prior each. The
+same command goes on where it was interrupted; results/NAME.json is written as each is done, report.md and curve.png likewise.
 """
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,11 +56,11 @@ class CompareConfig(Config):
     split: str = "test"
     """What is reconstructed in the end."""
     seconds: Annotated[float, Field(gt=0)] = 600
-    """Training of each tokenizer, on this machine."""
+    """Training of each tokenizer, on the machine that measured the paces."""
     prior: str = ""
     """Configuration of the priors' training; none are trained where empty."""
     prior_seconds: Annotated[float, Field(gt=0)] = 600
-    """Training of each prior, on this machine."""
+    """Training of each prior, likewise."""
     best: Annotated[int, Field(ge=0)] = 4
     """So many tokenizers, by PSNR, get a prior."""
     samples: Annotated[int, Field(ge=10)] = 5000
@@ -67,6 +69,8 @@ class CompareConfig(Config):
     """The feature model for that; the bundled one where empty."""
     out: Place[Annotated[str, Field(min_length=1)]] = "runs/compare"
     """The folder for everything."""
+    jobs: Place[Annotated[int, Field(ge=1)]] = 1
+    """So many trainings at once, each on its share of the cores; what they print goes to NAME/log.txt where it is more than one."""
 
     def model_post_init(self, context: object) -> None:
         names = [entry.name for entry in self.quantizers]
@@ -76,14 +80,26 @@ class CompareConfig(Config):
             raise ValueError("quantizers: the name 'results'; the folder of that name holds the figures")
 
 
-def run_command(arguments: Sequence[str], quiet: bool = False) -> float:
-    """Runs ``python -m`` with these arguments; the seconds that it took. SystemExit with its code where it fails."""
+def run_command(arguments: Sequence[str], quiet: bool = False, log: Path | None = None, jobs: int = 1) -> float:
+    """Runs ``python -m`` with these arguments; the seconds that it took. SystemExit with its code where it fails.
+
+    Args:
+        quiet: nothing is printed but the end of its errors. ``log``: a file that takes what it prints instead.
+        jobs: so many commands run at once: each takes its share of the cores.
+    """
+    line = f"python -m {shlex.join(arguments)}"
     if not quiet:
-        print(f"\n> python -m {shlex.join(arguments)}", flush=True)
-    begin = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", *arguments], check=False, capture_output=quiet, text=True)
+        print(f"\n> {line}", flush=True)
+    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ} if jobs > 1 else dict(os.environ)
+    command, begin = [sys.executable, "-m", *arguments], time.perf_counter()
+    if log is None:
+        done = subprocess.run(command, check=False, capture_output=quiet, text=True, env=env)
+    else:
+        with log.open("a") as file:
+            done = subprocess.run(command, check=False, stdout=file, stderr=file, text=True, env=env)
     if done.returncode:
-        print((done.stderr or "")[-2000:], f"error: python -m {shlex.join(arguments)}: exit code {done.returncode}", file=sys.stderr)
+        told = (done.stderr or "")[-2000:] if log is None else f"see {log}"
+        print(told, f"error: {line}: exit code {done.returncode}", file=sys.stderr)
         raise SystemExit(done.returncode if done.returncode > 0 else 128 - done.returncode)
     return time.perf_counter() - begin
 
@@ -104,7 +120,7 @@ class Comparison:
         self.config, self.out = config, out
         for name in ("results", *(entry.name for entry in config.quantizers)):
             (out / name).mkdir(parents=True, exist_ok=True)
-        plan = {"config": {k: v for k, v in config.to_dict().items() if k != "out"}}
+        plan = {"config": {k: v for k, v in config.to_dict().items() if k not in ("out", "jobs")}}
         path = out / "plan.json"
         if path.is_file() and (before := read_json(path, UserError)) != plan:
             changed = [k for k in plan["config"] if before.get("config", {}).get(k) != plan["config"][k]]
@@ -118,45 +134,90 @@ class Comparison:
     def save(self, result: dict[str, Any]) -> None:
         write_atomic(self.out / "results" / f"{result['name']}.json", json_bytes(result))
 
+    def run(self, name: str, arguments: Sequence[str]) -> float:
+        """``run_command`` for one quantiser."""
+        jobs = self.config.jobs
+        return run_command(arguments, log=self.out / name / "log.txt" if jobs > 1 else None, jobs=jobs)
+
+    def training(self, entry: EntryConfig) -> list[str]:
+        """The command that trains a tokenizer, without its folder and its steps."""
+        tree = yaml_io.dump(entry.quantizer.to_dict())
+        return ["stage1_tokenizer.train", "--config", self.config.tokenizer, *self.config.data, f"--tokenizer.quantizer={tree}"]
+
+    def plan(self, entry: EntryConfig) -> None:
+        """Measures how many steps one tokenizer gets; nothing where that is known already."""
+        result = self.result(entry.name)
+        if "steps" not in result:
+            steps = max(1, round(self.config.seconds / pace(self.training(entry))))
+            print(f"{entry.name}: {steps:,} steps in {self.config.seconds:g} s", flush=True)
+            self.save(result | {"quantizer": entry.quantizer.to_dict(), "steps": steps})
+
+    def train_tokenizer(self, entry: EntryConfig) -> float:
+        """Trains one tokenizer for its steps, or for those that are missing; the seconds that it took."""
+        run = str(self.out / entry.name / "tokenizer")
+        return self.run(entry.name, [*self.training(entry), "--run", run, "--steps", str(self.result(entry.name)["steps"])])
+
     def tokenizer(self, entry: EntryConfig) -> None:
         """Trains and evaluates one tokenizer; nothing where it is done already."""
         result, run = self.result(entry.name), str(self.out / entry.name / "tokenizer")
         if "tokenizer" in result:
             return
-        tree = yaml_io.dump(entry.quantizer.to_dict())
-        training = ["stage1_tokenizer.train", "--config", self.config.tokenizer, *self.config.data, f"--tokenizer.quantizer={tree}"]
-        if "steps" not in result:
-            result |= {"quantizer": entry.quantizer.to_dict(), "steps": max(1, round(self.config.seconds / pace(training)))}
-            self.save(result)
-        result["seconds"] = result.get("seconds", 0.0) + run_command([*training, "--run", run, "--steps", str(result["steps"])])
+        seconds = self.train_tokenizer(entry)
         out = f"{run}/evaluation/{self.config.split}"
-        run_command(["stage1_tokenizer.evaluate", "--tokenizer", run, "--split", self.config.split, "--out", out])
+        self.run(entry.name, ["stage1_tokenizer.evaluate", "--tokenizer", run, "--split", self.config.split, "--out", out])
         found = read_json(Path(out) / "evaluation.json", UserError)
+        result["seconds"] = result.get("seconds", 0.0) + seconds
         result["tokenizer"] = {"reconstruction": found["reconstruction"], "codes": found["codes"], "prefixes": found.get("prefixes", [])}
         self.save(result)
 
-    def prior(self, name: str) -> None:
-        """Trains a prior on the codes of one tokenizer and evaluates samples; nothing where it is done already."""
-        result, folder = self.result(name), self.out / name
+    def prior_training(self, name: str) -> list[str]:
+        """The command that trains a prior, without its folder and its steps."""
+        return ["stage2_prior.train", "--config", self.config.prior, "--codes", str(self.out / name / "codes")]
+
+    def plan_prior(self, entry: EntryConfig) -> None:
+        """The codes of one tokenizer, which is trained again where only its figures are here, and how many steps its prior gets."""
+        result, folder = self.result(entry.name), self.out / entry.name
         if "prior" in result:
             return
-        tokenizer, codes, run = (str(folder / part) for part in ("tokenizer", "codes", "prior"))
-        run_command(["stage1_tokenizer.encode", "--tokenizer", tokenizer, "--out", codes])
-        training = ["stage2_prior.train", "--config", self.config.prior, "--codes", codes]
+        if not (folder / "tokenizer" / "model").is_dir():
+            self.train_tokenizer(entry)
+        self.run(entry.name, ["stage1_tokenizer.encode", "--tokenizer", str(folder / "tokenizer"), "--out", str(folder / "codes")])
         if "prior_steps" not in result:
-            result["prior_steps"] = max(1, round(self.config.prior_seconds / pace(training)))
-            self.save(result)
-        seconds = run_command([*training, "--run", run, "--steps", str(result["prior_steps"])])
+            self.save(result | {"prior_steps": max(1, round(self.config.prior_seconds / pace(self.prior_training(entry.name))))})
+
+    def prior(self, entry: EntryConfig) -> None:
+        """Trains a prior on the codes of one tokenizer and evaluates samples; nothing where it is done already."""
+        name, folder = entry.name, self.out / entry.name
+        result = self.result(name)
+        if "prior" in result:
+            return
+        tokenizer, run, pipeline, out = (str(folder / part) for part in ("tokenizer", "prior", "pipeline", "evaluation"))
+        seconds = self.run(name, [*self.prior_training(name), "--run", run, "--steps", str(result["prior_steps"])])
         result["prior_seconds"] = result.get("prior_seconds", 0.0) + seconds
-        pipeline, out = str(folder / "pipeline"), str(folder / "evaluation")
-        run_command(["pipelines.assemble", "--tokenizer", tokenizer, "--priors", run, "--out", pipeline])
+        self.run(name, ["pipelines.assemble", "--tokenizer", tokenizer, "--priors", run, "--out", pipeline])
         data = read_run_data(Path(tokenizer))
         features = ["--features", self.config.features] if self.config.features else []
         evaluation = ["--split", self.config.split, "--n", str(self.config.samples), "--out", out, *features]
-        run_command(["pipelines.evaluate", "--pipeline", pipeline, f"--data={data}", *evaluation])
+        self.run(name, ["pipelines.evaluate", "--pipeline", pipeline, f"--data={data}", *evaluation])
         found = read_json(Path(out) / "evaluation.json", UserError, 1 << 24)
         result["prior"] = {"bits": found["bits"], "samples": found["samples"]}
         self.save(result)
+
+    def each(self, work: Callable[[EntryConfig], None], entries: Sequence[EntryConfig]) -> None:
+        """``work`` on all entries, ``jobs`` at once, and a report after each. Once one fails, no other begins."""
+        if self.config.jobs == 1:
+            for entry in entries:
+                work(entry)
+                self.report()
+            return
+        with ThreadPoolExecutor(self.config.jobs) as pool:
+            futures = [pool.submit(work, entry) for entry in entries]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    self.report()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def report(self) -> None:
         """report.md and curve.png of what is there."""
@@ -165,10 +226,10 @@ class Comparison:
         write_atomic(self.out / "report.md", report(done).encode())
         curve(self.out / "curve.png", done)
 
-    def chosen(self) -> list[str]:
+    def chosen(self) -> list[EntryConfig]:
         """The best by PSNR."""
-        ranked = [entry.name for entry in self.config.quantizers if entry.ranked]
-        return sorted(ranked, key=lambda name: -self.result(name)["tokenizer"]["reconstruction"]["psnr"])[: self.config.best]
+        ranked = [entry for entry in self.config.quantizers if entry.ranked]
+        return sorted(ranked, key=lambda entry: -self.result(entry.name)["tokenizer"]["reconstruction"]["psnr"])[: self.config.best]
 
 
 def read_run_data(run: Path) -> str:
@@ -177,7 +238,7 @@ def read_run_data(run: Path) -> str:
 
 
 def compare(config: CompareConfig, flags: Flags) -> None:
-    """All tokenizers, then the priors of the best, each only where it is not done yet."""
+    """The paces, all tokenizers, then the priors of the best, each only where it is not done yet."""
     if flags.max_steps is not None or flags.resume is not None:
         raise UserError("--max_steps, --resume: a comparison has no steps of its own; the same command goes on")
     if flags.check or flags.dry_run:
@@ -186,12 +247,13 @@ def compare(config: CompareConfig, flags: Flags) -> None:
         return
     comparison = Comparison(config, check_folder(config.out))
     for entry in config.quantizers:
-        comparison.tokenizer(entry)
-        comparison.report()
+        comparison.plan(entry)
+    comparison.each(comparison.tokenizer, config.quantizers)
     if config.prior:
-        for name in comparison.chosen():
-            comparison.prior(name)
-            comparison.report()
+        chosen = comparison.chosen()
+        for entry in chosen:
+            comparison.plan_prior(entry)
+        comparison.each(comparison.prior, chosen)
     print((Path(config.out) / "report.md").read_text())
 
 

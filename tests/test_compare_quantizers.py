@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs the commands in this process, and says which of them ran."""
     ran: list[str] = []
 
-    def run(arguments: Sequence[str], quiet: bool = False) -> float:
+    def run(arguments: Sequence[str], quiet: bool = False, log: Path | None = None, jobs: int = 1) -> float:
         ran.append(arguments[0])
         if arguments[0] == "pipelines.evaluate":
             arguments = [*arguments, "--bootstrap", "5"]
@@ -67,28 +68,101 @@ def test_every_quantiser_is_trained_and_evaluated_once(tmp_path: Path, called: l
     assert called == []
 
 
-@pytest.mark.slow
-def test_an_interrupted_comparison_goes_on(tmp_path: Path, called: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+LEVEL = {"usage": 1.0, "perplexity": 9.0, "bits_per_image": 40.0, "nominal_bits_per_image": 64.0}
+
+
+def flag(arguments: Sequence[str], name: str) -> str:
+    return arguments[list(arguments).index(name) + 1]
+
+
+@pytest.fixture
+def faked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Commands that only leave the files of the true ones, and what ran: command and quantiser, paces too."""
+    ran: list[str] = []
+
+    def run(arguments: Sequence[str], quiet: bool = False, log: Path | None = None, jobs: int = 1) -> float:
+        assert (log is None) == (jobs == 1)
+        name = {"stage1_tokenizer.train": "--run", "stage2_prior.train": "--run"}.get(arguments[0], "--out")
+        folder = Path(flag(arguments, name))
+        entry = next(part for part in folder.parts if part in ("one", "two"))
+        ran.append(f"{arguments[0].split('.')[-1]} {entry}")
+        folder.mkdir(parents=True, exist_ok=True)
+        if arguments[0] == "stage1_tokenizer.train":
+            (folder / "model").mkdir(exist_ok=True)
+            (folder / "config.yaml").write_text("data: {type: bundled, name: fashion}\n")
+        if arguments[0].endswith("evaluate"):
+            quality = {"psnr": 20.0 + len(entry), "psnr_pooled": 20.0}
+            samples = {"frechet": {"samples": {"value": 1.0, "low": 0.9, "high": 1.1}}, "frechet_ratio_to_baseline": {"value": 0.5}}
+            found = {"reconstruction": quality, "codes": {"test": [LEVEL]}, "bits": {"total": {"bits_per_image": 30.0}}, "samples": samples}
+            (folder / "evaluation.json").write_text(json.dumps(found))
+        return 1.5
+
+    def pace(training: Sequence[str]) -> float:
+        ran.append(f"pace {training[0].split('.')[0]}")
+        return 0.5
+
+    monkeypatch.setattr(module, "run_command", run)
+    monkeypatch.setattr(module, "pace", pace)
+    return ran
+
+
+BEGIN = ["pace stage1_tokenizer"] * 2
+ONE, TWO = ["train one", "evaluate one"], ["train two", "evaluate two"]
+CODES = ["encode one", "pace stage2_prior", "encode two", "pace stage2_prior"]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_all_paces_are_measured_before_any_training(tmp_path: Path, faked: list[str], jobs: int) -> None:
+    compare(config(tmp_path / "c", prior="fashion_mnist/gpt", jobs=jobs), Flags())
+    assert faked[:2] == BEGIN and sorted(faked[2:6]) == sorted(ONE + TWO) and faked[6:10] == CODES
+    assert sorted(faked[10:]) == sorted(f"{part} {name}" for part in ("train", "assemble", "evaluate") for name in ("one", "two"))
+    assert (tmp_path / "c" / "report.md").read_text().count("| 1.000 [0.900, 1.100] | 0.500 |") == 2
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_interrupted_comparison_goes_on(tmp_path: Path, faked: list[str], monkeypatch: pytest.MonkeyPatch, jobs: int) -> None:
     whole = module.run_command
 
-    def broken(arguments: Sequence[str], quiet: bool = False) -> float:
-        if len(called) == 3:
-            raise KeyboardInterrupt
-        return whole(arguments, quiet)
+    def broken(arguments: Sequence[str], **options: object) -> float:
+        if "two" in str(arguments) and arguments[0] == "stage1_tokenizer.evaluate":
+            raise SystemExit(143)
+        return whole(arguments, **options)
 
     monkeypatch.setattr(module, "run_command", broken)
-    with pytest.raises(KeyboardInterrupt):
-        compare(config(tmp_path / "c"), Flags())
+    with pytest.raises(SystemExit):
+        compare(config(tmp_path / "c", jobs=jobs), Flags())
+    assert sorted(faked) == sorted([*BEGIN, *ONE, "train two"])
     monkeypatch.setattr(module, "run_command", whole)
-    called.clear()
-    compare(config(tmp_path / "c"), Flags())
-    assert called == ["stage1_tokenizer.train", "stage1_tokenizer.evaluate"]  # of the second one; its training resumes, and is done
+    faked.clear()
+    compare(config(tmp_path / "c", jobs=3 - jobs), Flags())  # the number of jobs decides nothing
+    assert faked == TWO  # its training resumes, and is done
 
 
-def test_another_comparison_in_the_same_folder_is_refused(tmp_path: Path, called: list[str]) -> None:
+def test_figures_alone_go_on_elsewhere_and_tokenizers_for_priors_are_trained_again(tmp_path: Path, faked: list[str]) -> None:
+    compare(config(tmp_path / "here"), Flags())
+    there = tmp_path / "there"
+    shutil.copytree(tmp_path / "here" / "results", there / "results")
+    faked.clear()
+    compare(config(there, prior="fashion_mnist/gpt", best=1), Flags())
+    assert faked == ["train one", "encode one", "pace stage2_prior", "train one", "assemble one", "evaluate one"]
+
+
+def test_another_comparison_in_the_same_folder_is_refused(tmp_path: Path, faked: list[str]) -> None:
     compare(config(tmp_path / "c"), Flags())
     with pytest.raises(UserError, match="holds a comparison with other seconds; take another folder"):
         compare(config(tmp_path / "c", seconds=2.0), Flags())
+
+
+def test_commands_at_once_share_the_cores_and_print_to_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 6)
+    program = tmp_path / "shows_threads.py"
+    program.write_text("import os, sys\nprint(os.environ.get('OMP_NUM_THREADS'))\nsys.exit(int(sys.argv[1]))\n")
+    monkeypatch.chdir(tmp_path)
+    module.run_command(["shows_threads", "0"], log=tmp_path / "log.txt", jobs=2)
+    with pytest.raises(SystemExit) as stop:
+        module.run_command(["shows_threads", "5"], log=tmp_path / "log.txt")
+    assert (tmp_path / "log.txt").read_text() == "3\nNone\n" and stop.value.code == 5
 
 
 @pytest.mark.slow
@@ -101,8 +175,7 @@ def test_the_best_get_a_prior(tmp_path: Path, called: list[str]) -> None:
 
 def test_rows_are_sorted_by_quality() -> None:
     def result(name: str, psnr: float) -> dict:
-        level = {"usage": 1.0, "perplexity": 9.0, "bits_per_image": 40.0, "nominal_bits_per_image": 64.0}
-        found = {"reconstruction": {"psnr": psnr, "psnr_pooled": psnr}, "codes": {"train": [], "test": [level]}, "prefixes": []}
+        found = {"reconstruction": {"psnr": psnr, "psnr_pooled": psnr}, "codes": {"train": [], "test": [LEVEL]}, "prefixes": []}
         return {"name": name, "steps": 5, "tokenizer": found}
 
     rows = report([result("worse", 20.0), result("better", 21.0)]).splitlines()

@@ -79,6 +79,13 @@ def test_intervals_of_the_frechet_distance_cover_its_expectation_on_known_gaussi
     assert 0.86 <= covered / 100 <= 0.995, covered
 
 
+def test_the_interval_of_a_share_stays_a_share() -> None:
+    rare = torch.arange(150) < 2
+    as_numbers, low, high = (mean_estimate(v, 200, 0, "share") for v in (rare.double(), rare, ~rare))
+    assert as_numbers.low < 0 == low.low and low.high == as_numbers.high and high.high == 1 and high.low == pytest.approx(1 - low.high)
+
+
+
 def test_intervals_of_a_share_cover_it_and_follow_the_binomial_width():
     g = torch.Generator().manual_seed(0)
     found = [mean_estimate(torch.rand(400, generator=g) < 0.3, 80, i, "share") for i in range(120)]

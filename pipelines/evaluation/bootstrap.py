@@ -76,18 +76,18 @@ def draw_counts(n: int, replicate: int, seed: int, name: str, labels: Tensor | N
     return torch.bincount(rows, minlength=n).double()
 
 
-def interval(value: float, replicates: Tensor) -> Estimate:
-    """``replicates`` (B,): the statistic on resampled sets, centred on ``value`` (see the module's text)."""
+def interval(value: float, replicates: Tensor, share: bool = False) -> Estimate:
+    """``replicates`` (B,): the statistic on resampled sets, centred on ``value`` (see the module's text); a share stays in [0, 1]."""
     centred = replicates.double() - replicates.double().mean() + value
     low, high = torch.quantile(centred, torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)).tolist()
-    return Estimate(value, low, high)
+    return Estimate(value, max(low, 0.0), min(high, 1.0)) if share else Estimate(value, low, high)
 
 
 def mean_estimate(values: Tensor, replicates: int, seed: int, name: str, labels: Tensor | None = None) -> Estimate:
     """The mean of (n,) ``values`` (booleans give a share)."""
     v = values.double().cpu()
     draws = torch.stack([draw_counts(v.numel(), b, seed, name, labels) @ v for b in range(replicates)]) / v.numel()
-    return interval(v.mean().item(), draws)
+    return interval(v.mean().item(), draws, share=values.dtype == torch.bool)
 
 
 def ratio_of_means(a: Tensor, b: Tensor, replicates: int, seed: int, names: tuple[str, str]) -> Estimate:

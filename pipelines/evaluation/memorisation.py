@@ -73,5 +73,5 @@ def memorisation(samples: Tensor, reconstructions: Tensor, replicates: int, seed
         dict(zip(QUANTILES, own.tolist(), strict=True)),
         dict(zip(QUANTILES, honest.tolist(), strict=True)),
         {q: interval(ratio[i].item(), ratios[:, i]) for i, q in enumerate(QUANTILES)},
-        interval(nearer.item(), shares),
+        interval(nearer.item(), shares, share=True),
     )

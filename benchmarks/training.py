@@ -1,9 +1,9 @@
 """A training step of shipped configurations against the bare products in it: ``python -m benchmarks.training [CONFIG ...]``.
 
 The ordinary scripts train, on the bundled images and on random codes, in the precision that they choose for the machine. After each
-step every convolution and linear layer that it has called is run once more by itself, forward and backward, on inputs of the same
-shape and layout: what no implementation of the same net in torch can do without. The rest of a step is quantiser, norms, gates,
-attention, error, optimizer and logging. One pinned core.
+step every convolution and linear layer that a step calls is run once more by itself, forward and backward, on inputs of the same
+shape and layout: nearly what no implementation of the same net in torch can do without (the gradient of the images is too much).
+The rest of a step is quantiser, norms, gates, attention, error, optimizer and logging. One pinned core.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Products:
 
 
 def measure(train: Callable[[], None]) -> tuple[list[float], list[float]]:
-    """Seconds of each step that ``train`` makes after the first, and of its bare products, by turns."""
+    """Seconds of each step that ``train`` makes after WARMUP, and of its bare products, by turns."""
     from intarsia.run import Run
 
     steps, bare, whole = [], [], Run.steps

@@ -204,8 +204,8 @@ def _report(main: Callable[[], Any]) -> None:
 def _leave(code: int) -> None:
     """Ends one of several launched processes after its exit handlers; returns in any other.
 
-    Threads of gloo outlive destroy_process_group where DDP was used, and a process whose work was done has been seen to abort while
-    Python was torn down around them: the launcher then reports a failure.
+    Threads of gloo outlive destroy_process_group where DDP was used, and a rank whose work was done and saved has been seen to abort as
+    it ended, which the launcher reports as a failure.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         return

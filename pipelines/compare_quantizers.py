@@ -179,8 +179,7 @@ class Comparison:
         result, folder = self.result(entry.name), self.out / entry.name
         if "prior" in result:
             return
-        if not (folder / "tokenizer" / "model").is_dir():
-            self.train_tokenizer(entry)
+        self.train_tokenizer(entry)  # nothing where it is here and done
         self.run(entry.name, ["stage1_tokenizer.encode", "--tokenizer", str(folder / "tokenizer"), "--out", str(folder / "codes")])
         if "prior_steps" not in result:
             self.save(result | {"prior_steps": max(1, round(self.config.prior_seconds / pace(self.prior_training(entry.name))))})

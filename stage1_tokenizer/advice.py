@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 COLLAPSE = (
     "update: ema in place of gradient; restart: 0.05; init: kmeans; beta: 0.1; an entropy bonus; a codebook that grows;"
-    " cosine: true with dim 8; a smaller codes"
+    " cosine: true with dim 8; fewer codes"
 )
 LOW_USAGE, FEW_CODES = 0.5, 0.1  # share of the codebook used; perplexity as a share of the used codes
 TWINS = 0.05  # a pair nearer than this share of the median distance to the nearest code
@@ -61,7 +61,7 @@ def level_findings(facts: LevelFacts) -> list[Finding]:
         found.append(Finding(f"{where}: collapse, {facts.used} of {facts.vocab} codes are used", COLLAPSE))
     elif facts.perplexity < FEW_CODES * facts.used:
         shown = f"{where}: perplexity {facts.perplexity:.0f} of {facts.used} used codes: a few codes do nearly all the work"
-        found.append(Finding(shown, "fine where the data have much empty background or a rate is set; else beta: 0.1, or a smaller codes"))
+        found.append(Finding(shown, "fine where the data have much empty background or a rate is set; else beta: 0.1, or fewer codes"))
     if ratio > FAR:
         shown = f"{where}: the latents lie {ratio:.0f} times their own variance away from their codes"
         found.append(Finding(shown, "init: kmeans; beta: 0.25; update: ema"))
@@ -70,7 +70,7 @@ def level_findings(facts: LevelFacts) -> list[Finding]:
         found.append(Finding(shown, "more codes, several stages (residual) or groups (product), a smaller dim, a longer training"))
     if facts.twins:
         shown = f"{where}: {facts.twins} used codes have another one next to them (nearer than {TWINS:.0%} of the usual distance)"
-        found.append(Finding(shown, "a smaller codes, or rate: 0.01: twins cost bits and add nothing"))
+        found.append(Finding(shown, "fewer codes, or rate: 0.01: twins cost bits and add nothing"))
     if facts.swap_cost is not None and facts.swap_cost < CHEAP_SWAP:
         shown = f"{where}: carries nothing; another sample's codes cost {facts.swap_cost:z.1f} dB"
         found.append(Finding(shown, "objective.prefix_weight: 0.25 with auxiliary decoders, or drop_finer: 0.1"))

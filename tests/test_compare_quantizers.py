@@ -98,7 +98,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return 1.5
 
     def pace(training: Sequence[str]) -> float:
-        ran.append(f"pace {training[0].split('.')[0]}")
+        ran.append("pace two" if "stages: 2" in str(training) or "two" in Path(training[-1]).parts else "pace one")
         return 0.5
 
     monkeypatch.setattr(module, "run_command", run)
@@ -106,16 +106,16 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
-BEGIN = ["pace stage1_tokenizer"] * 2
+BEGIN = ["pace one", "pace two"]
 ONE, TWO = ["train one", "evaluate one"], ["train two", "evaluate two"]
-CODES = ["encode one", "pace stage2_prior", "encode two", "pace stage2_prior"]
+CODES = [f"{part} {name}" for name in ("one", "two") for part in ("train", "encode", "pace")]
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_all_paces_are_measured_before_any_training(tmp_path: Path, faked: list[str], jobs: int) -> None:
     compare(config(tmp_path / "c", prior="fashion_mnist/gpt", jobs=jobs), Flags())
-    assert faked[:2] == BEGIN and sorted(faked[2:6]) == sorted(ONE + TWO) and faked[6:10] == CODES
-    assert sorted(faked[10:]) == sorted(f"{part} {name}" for part in ("train", "assemble", "evaluate") for name in ("one", "two"))
+    assert faked[:2] == BEGIN and sorted(faked[2:6]) == sorted(ONE + TWO) and faked[6:12] == CODES
+    assert sorted(faked[12:]) == sorted(f"{part} {name}" for part in ("train", "assemble", "evaluate") for name in ("one", "two"))
     assert (tmp_path / "c" / "report.md").read_text().count("| 1.000 [0.900, 1.100] | 0.500 |") == 2
 
 
@@ -144,7 +144,7 @@ def test_figures_alone_go_on_elsewhere_and_tokenizers_for_priors_are_trained_aga
     shutil.copytree(tmp_path / "here" / "results", there / "results")
     faked.clear()
     compare(config(there, prior="fashion_mnist/gpt", best=1), Flags())
-    assert faked == ["train one", "encode one", "pace stage2_prior", "train one", "assemble one", "evaluate one"]
+    assert faked == ["train one", "encode one", "pace one", "train one", "assemble one", "evaluate one"]
 
 
 def test_another_comparison_in_the_same_folder_is_refused(tmp_path: Path, faked: list[str]) -> None:

@@ -7,7 +7,8 @@ STAMP := $(VENV)/.installed
 export OBJC_DISABLE_INITIALIZE_FORK_SAFETY := YES
 # one thread per process: bits depend on the number of threads, and two busy pools on two cores are slower than one each
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
-PARALLEL := -n $(JOBS) --dist loadfile
+# files in their order, not by their number of tests: the last ones are short
+PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # the first Python of at least 3.11 that truly starts and can make environments
 FIND_PYTHON := for p in $${PYTHON:-python3.12 python3.11 python3.13 python3.14 python3 python}; do \

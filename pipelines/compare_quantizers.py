@@ -1,9 +1,10 @@
 """Quantisers side by side: ``python -m pipelines.compare_quantizers --config compare_quantizers/fashion_mnist --out runs/compare``.
 
 Each quantiser is trained with the same nets, data, seed and time through the ordinary commands: its number of steps is what fits
-into ``seconds``, so that every learning rate runs its whole schedule. The paces of all are measured first, in one sitting: from
-then on steps count, and the rest may run on another machine, or several at once (``jobs``). The best then get a prior each. The
-same command goes on where it was interrupted; results/NAME.json is written as each is done, report.md and curve.png likewise.
+into ``seconds``, so that every learning rate runs its whole schedule. The pace of the first is measured, then what a step of each
+other costs beside it, by turns; from then on steps count, and the rest may run on another machine, or several at once (``jobs``).
+The best then get a prior each. The same command goes on where it was interrupted; results/NAME.json is written as each is done,
+report.md and curve.png likewise.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import os
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -26,11 +26,11 @@ from intarsia.cli import Flags, UserError, parse, run_main
 from intarsia.config import Config, Place
 from intarsia.files import json_bytes, read_json, write_atomic
 from intarsia.machine import check_folder
+from pipelines.pace import pace, ratio
 from pipelines.quantizer_report import curve, report
 from stage1_tokenizer.quantizers.base import QuantizerConfig
 
 PROGRAM = "python -m pipelines.compare_quantizers"
-SHORT, LONG = 30, 130  # steps of the two runs whose difference is the pace
 
 
 class EntryConfig(Config):
@@ -104,15 +104,6 @@ def run_command(arguments: Sequence[str], quiet: bool = False, log: Path | None 
     return time.perf_counter() - begin
 
 
-def pace(training: Sequence[str]) -> float:
-    """Seconds per step of a training: what a longer run takes more than a shorter one, both from a fresh start."""
-    spent = []
-    for steps in (SHORT, LONG):
-        with tempfile.TemporaryDirectory() as folder:
-            spent.append(run_command([*training, "--run", f"{folder}/run", "--max_steps", str(steps)], quiet=True))
-    return max(spent[1] - spent[0], 1e-3) / (LONG - SHORT)
-
-
 class Comparison:
     """The commands of a comparison and what they leave in its folder."""
 
@@ -144,13 +135,22 @@ class Comparison:
         tree = yaml_io.dump(entry.quantizer.to_dict())
         return ["stage1_tokenizer.train", "--config", self.config.tokenizer, *self.config.data, f"--tokenizer.quantizer={tree}"]
 
-    def plan(self, entry: EntryConfig) -> None:
-        """Measures how many steps one tokenizer gets; nothing where that is known already."""
-        result = self.result(entry.name)
-        if "steps" not in result:
-            steps = max(1, round(self.config.seconds / pace(self.training(entry))))
-            print(f"{entry.name}: {steps:,} steps in {self.config.seconds:g} s", flush=True)
-            self.save(result | {"quantizer": entry.quantizer.to_dict(), "steps": steps})
+    def plan(self, key: str, seconds: float, entries: Sequence[EntryConfig], training: Callable[[EntryConfig], list[str]]) -> None:
+        """Measures how many steps each training gets, and keeps it as ``key``; nothing where that is known already.
+
+        The first gets those that fit into ``seconds``, the others those that take as long as these.
+        """
+        first = entries[0]
+        for entry in entries:
+            result = self.result(entry.name)
+            if key in result:
+                continue
+            if entry is first:
+                steps = seconds / pace(training(first))
+            else:
+                steps = self.result(first.name)[key] / ratio(training(entry), training(first))
+            self.save(result | {"quantizer": entry.quantizer.to_dict(), key: max(1, round(steps))})
+            print(f"{entry.name}: {key.replace('_', ' ')} in {seconds:g} s: {max(1, round(steps)):,}", flush=True)
 
     def train_tokenizer(self, entry: EntryConfig) -> float:
         """Trains one tokenizer for its steps, or for those that are missing; the seconds that it took."""
@@ -170,19 +170,17 @@ class Comparison:
         result["tokenizer"] = {"reconstruction": found["reconstruction"], "codes": found["codes"], "prefixes": found.get("prefixes", [])}
         self.save(result)
 
-    def prior_training(self, name: str) -> list[str]:
+    def prior_training(self, entry: EntryConfig) -> list[str]:
         """The command that trains a prior, without its folder and its steps."""
-        return ["stage2_prior.train", "--config", self.config.prior, "--codes", str(self.out / name / "codes")]
+        return ["stage2_prior.train", "--config", self.config.prior, "--codes", str(self.out / entry.name / "codes")]
 
-    def plan_prior(self, entry: EntryConfig) -> None:
-        """The codes of one tokenizer, which is trained again where only its figures are here, and how many steps its prior gets."""
-        result, folder = self.result(entry.name), self.out / entry.name
-        if "prior" in result:
+    def encode(self, entry: EntryConfig) -> None:
+        """The codes of one tokenizer, which is trained again where only its figures are here; nothing where its prior is done."""
+        if "prior" in self.result(entry.name):
             return
+        folder = self.out / entry.name
         self.train_tokenizer(entry)  # nothing where it is here and done
         self.run(entry.name, ["stage1_tokenizer.encode", "--tokenizer", str(folder / "tokenizer"), "--out", str(folder / "codes")])
-        if "prior_steps" not in result:
-            self.save(result | {"prior_steps": max(1, round(self.config.prior_seconds / pace(self.prior_training(entry.name))))})
 
     def prior(self, entry: EntryConfig) -> None:
         """Trains a prior on the codes of one tokenizer and evaluates samples; nothing where it is done already."""
@@ -191,7 +189,7 @@ class Comparison:
         if "prior" in result:
             return
         tokenizer, run, pipeline, out = (str(folder / part) for part in ("tokenizer", "prior", "pipeline", "evaluation"))
-        seconds = self.run(name, [*self.prior_training(name), "--run", run, "--steps", str(result["prior_steps"])])
+        seconds = self.run(name, [*self.prior_training(entry), "--run", run, "--steps", str(result["prior_steps"])])
         result["prior_seconds"] = result.get("prior_seconds", 0.0) + seconds
         self.run(name, ["pipelines.assemble", "--tokenizer", tokenizer, "--priors", run, "--out", pipeline])
         data = read_run_data(Path(tokenizer))
@@ -245,13 +243,13 @@ def compare(config: CompareConfig, flags: Flags) -> None:
         print(f"{len(config.quantizers)} quantisers of {config.seconds:g} s, {priors} priors of {config.prior_seconds:g} s")
         return
     comparison = Comparison(config, check_folder(config.out))
-    for entry in config.quantizers:
-        comparison.plan(entry)
+    comparison.plan("steps", config.seconds, config.quantizers, comparison.training)
     comparison.each(comparison.tokenizer, config.quantizers)
     if config.prior:
         chosen = comparison.chosen()
         for entry in chosen:
-            comparison.plan_prior(entry)
+            comparison.encode(entry)
+        comparison.plan("prior_steps", config.prior_seconds, chosen, comparison.prior_training)
         comparison.each(comparison.prior, chosen)
     print((Path(config.out) / "report.md").read_text())
 

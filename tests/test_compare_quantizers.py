@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from intarsia import yaml_io
 from intarsia.cli import Flags, UserError, parse, shipped_configs
+from intarsia.meta import build_on_meta
+from intarsia.specs import SignalSpec
 from pipelines import compare_quantizers as module
 from pipelines.compare_quantizers import CompareConfig, EntryConfig, compare
 from pipelines.quantizer_report import report
 from stage1_tokenizer.quantizers.residual import ResidualConfig
 from stage1_tokenizer.quantizers.vq import VQConfig
+from stage1_tokenizer.tokenizers.base import TOKENIZERS
+from stage1_tokenizer.train import TokenizerTrainConfig
+from stage2_prior.train import PriorTrainConfig
 
 SMALL = ("--tokenizer.net.widths=[8, 8]", "--tokenizer.net.blocks=[0, 0]", "--tokenizer.net.encoder_blocks=[0, 0]")
 QUICK = (
@@ -41,6 +49,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(module, "run_command", run)
     monkeypatch.setattr(module, "pace", lambda training: 0.5)
+    monkeypatch.setattr(module, "ratio", lambda training, reference: 1.0)
     return ran
 
 
@@ -97,24 +106,34 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             (folder / "evaluation.json").write_text(json.dumps(found))
         return 1.5
 
+    def which(training: Sequence[str]) -> str:
+        return "two" if "stages: 2" in str(training) or "two" in Path(training[-1]).parts else "one"
+
     def pace(training: Sequence[str]) -> float:
-        ran.append("pace two" if "stages: 2" in str(training) or "two" in Path(training[-1]).parts else "pace one")
-        return 0.5
+        ran.append(f"pace {which(training)}")
+        return 0.05
+
+    def ratio(training: Sequence[str], reference: Sequence[str]) -> float:
+        ran.append(f"ratio {which(training)} to {which(reference)}")
+        return 2.0
 
     monkeypatch.setattr(module, "run_command", run)
     monkeypatch.setattr(module, "pace", pace)
+    monkeypatch.setattr(module, "ratio", ratio)
     return ran
 
 
-BEGIN = ["pace one", "pace two"]
+BEGIN = ["pace one", "ratio two to one"]
 ONE, TWO = ["train one", "evaluate one"], ["train two", "evaluate two"]
-CODES = [f"{part} {name}" for name in ("one", "two") for part in ("train", "encode", "pace")]
+CODES = [f"{part} {name}" for name in ("one", "two") for part in ("train", "encode")]
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_all_paces_are_measured_before_any_training(tmp_path: Path, faked: list[str], jobs: int) -> None:
     compare(config(tmp_path / "c", prior="fashion_mnist/gpt", jobs=jobs), Flags())
-    assert faked[:2] == BEGIN and sorted(faked[2:6]) == sorted(ONE + TWO) and faked[6:12] == CODES
+    assert faked[:2] == faked[10:12] == BEGIN and sorted(faked[2:6]) == sorted(ONE + TWO) and faked[6:10] == CODES
+    results = [json.loads((tmp_path / "c" / "results" / f"{name}.json").read_text()) for name in ("one", "two")]
+    assert [(r["steps"], r["prior_steps"]) for r in results] == [(20, 12000), (10, 6000)], "1 and 600 seconds of 0.05 and 0.1 a step"
     assert sorted(faked[12:]) == sorted(f"{part} {name}" for part in ("train", "assemble", "evaluate") for name in ("one", "two"))
     assert (tmp_path / "c" / "report.md").read_text().count("| 1.000 [0.900, 1.100] | 0.500 |") == 2
 
@@ -183,6 +202,16 @@ def test_rows_are_sorted_by_quality() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in shipped_configs() if name.startswith("compare_quantizers/")])
-def test_the_shipped_comparisons_load(name: str) -> None:
+def test_the_shipped_comparisons_build_what_they_compare(name: str) -> None:
     loaded, _ = parse(CompareConfig, ["--config", name])
-    assert len(loaded.quantizers) >= 10
+    bits = {}
+    for entry in loaded.quantizers:
+        words = ["--config", loaded.tokenizer, f"--tokenizer.quantizer={yaml_io.dump(entry.quantizer.to_dict())}", "--run", "none"]
+        found, _ = parse(TokenizerTrainConfig, words)
+        signal = SignalSpec("image", 3, (32, 32)) if loaded.tokenizer.startswith("emoji") else SignalSpec("image", 1, (28, 28))
+        tokenizer: Any = build_on_meta(TOKENIZERS.get("vqvae"), found.tokenizer, signal)
+        bits[entry.name] = sum(math.log2(level.vocab) for level in tokenizer.level_specs())
+    assert len(bits) >= 5 and all(9 <= n <= 36 for n in bits.values()), bits
+    if loaded.best:
+        parse(PriorTrainConfig, ["--config", loaded.prior, "--codes", "none", "--run", "none"])
+        assert all(bits[entry.name] in (9, 10, 13) for entry in loaded.quantizers if entry.ranked), "ranked ones are at like rates"

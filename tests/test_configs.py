@@ -70,9 +70,9 @@ def tiny_data(config: Any, folder: Path) -> Any:
 
 
 def smaller(data: Any) -> Any:
-    """Images above 128 px as 128 px: the nets take any size, and a step at 1024 px takes a minute."""
+    """Images above 64 px as 64 px: the nets take any size, and a step at 1024 px takes a minute."""
     size = data.transform.size if "transform" in type(data).model_fields else None
-    return data.replace(transform=data.transform.replace(size=128)) if isinstance(size, int) and size > 128 else data
+    return data.replace(transform=data.transform.replace(size=64)) if isinstance(size, int) and size > 64 else data
 
 
 def tiny_codes(name: str, folder: Path) -> Path:

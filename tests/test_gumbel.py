@@ -23,7 +23,7 @@ def step_rng(step: int, n: int, start: int = 0) -> StepRng:
 
 def built(**changes: object) -> Gumbel:
     torch.manual_seed(0)
-    q = QUANTIZERS.build(GumbelConfig.from_dict({"codes": 8, "dim": 4, **changes}))
+    q = QUANTIZERS.build(GumbelConfig.from_dict({"codes": 8, "dim": 4, "scale": 1.5, **changes}))
     assert isinstance(q, Gumbel)
     q.initialize(torch.randn(200, 4), step_rng(0, 1))
     return q
@@ -62,7 +62,7 @@ def test_codes_are_drawn_by_the_softmax_of_the_logits() -> None:
     """Gumbel-max: chi-square over 40,000 draws at one latent; 7 degrees of freedom, 0.1 % at 24.3."""
     q = built(kl=0.0)
     z = torch.randn(1, 4, 1).expand(40, 4, 1000)
-    p = torch.softmax(-torch.cdist(z[:1, :, 0], q.codebook).square(), 1)[0].double()
+    p = torch.softmax(-1.5 * torch.cdist(z[:1, :, 0], q.codebook).square(), 1)[0].double()
     counts = torch.bincount(q(z, step_rng(0, 40)).codes[0].flatten(), minlength=8).double()
     assert ((counts - 40000 * p) ** 2 / (40000 * p)).sum() < 24.3
 
@@ -75,7 +75,7 @@ def test_the_gradients_are_those_of_the_relaxation(hard: bool, logits: str) -> N
     rng = step_rng(0, 2)
     out = q(z, rng)
     rows = z.movedim(1, -1)
-    raw = q.head(rows) if q.head is not None else -(rows[:, :, None] - q.codebook).square().sum(-1)
+    raw = q.head(rows) if q.head is not None else -1.5 * (rows[:, :, None] - q.codebook).square().sum(-1)
     y = torch.softmax((raw + gumbel_noise(rng, 3, 8, z)) / 0.7, -1)
     if hard:
         y = F.one_hot(y.argmax(-1), 8) + y - y.detach()

@@ -404,13 +404,14 @@ def test_the_header_reader_agrees_with_safetensors(saved: Path) -> None:
         assert {name: list(e.shape) for name, e in found.items()} == {name: file.get_slice(name).get_shape() for name in list(file.keys())}
 
 
-def test_e3_mutated_weights_files_raise_our_error_or_load_the_right_model(saved: Path) -> None:
+@pytest.mark.parametrize("files", [600, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_e3_mutated_weights_files_raise_our_error_or_load_the_right_model(saved: Path, files: int) -> None:
     path = saved / "model.safetensors"
     good = path.read_bytes()
     generator = torch.Generator().manual_seed(0)
     expected = built().weights_sha256
     refused = 0
-    for _ in range(600):
+    for _ in range(files):
         content = bytearray(good)
         kind, place, value = (int(v) for v in torch.randint(0, 1 << 30, (3,), generator=generator))
         place %= 900 if kind % 2 else len(content)  # half of them in the header
@@ -425,7 +426,7 @@ def test_e3_mutated_weights_files_raise_our_error_or_load_the_right_model(saved:
             assert Toy.from_pretrained(saved).weights_sha256 == expected
         except HubError:
             refused += 1
-    assert refused > 500
+    assert refused > 0.8 * files
 
 
 # The budget ------------------------------------------------------------------------------------------------

@@ -89,14 +89,14 @@ def test_of_a_codebook_beside_the_latents_more_codes_come_to_them_than_of_free_v
                 q.map.bias.fill_(2.0)
             else:
                 q.codebook.add_(2.0)
-        optimizer = torch.optim.Adam(q.parameters(), 0.03)
+        optimizer = torch.optim.Adam(q.parameters(), 0.01)
         for step in range(200):
             optimizer.zero_grad()
             q(torch.randn(16, 8, 32), step_rng(step, 16)).loss.backward()
             optimizer.step()
             stats = q.update(step_rng(step, 0), comm)
         used[type(q)] = stats["batch_usage"]
-    assert used[SimVQ] > 0.5 and used[SimVQ] > 1.5 * used[VQ], used
+    assert used[SimVQ] > 0.4 and used[SimVQ] > 2 * used[VQ], used
 
 
 def test_the_statistics_of_parts_are_those_of_the_whole_and_are_consumed() -> None:

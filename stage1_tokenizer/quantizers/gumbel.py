@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from intarsia.config import Added
 from intarsia.rng import StepRng
 from stage1_tokenizer.quantizers.base import (
     QUANTIZERS,
@@ -35,7 +36,9 @@ class GumbelConfig(QuantizerConfig):
     dim: Annotated[int, Field(ge=1)] = 32
     """D, of the latents and of the codes' vectors."""
     logits: Literal["distance", "linear"] = "distance"
-    """-|z_e - e_j|^2, or a linear head of its own (which starts as the distance)."""
+    """-scale |z_e - e_j|^2, or a linear head of its own (which starts as the distance)."""
+    scale: Added[Annotated[float, Field(gt=0)]] = 16.0
+    """How much more a code's logit falls than its squared distance grows. At 1 the noise outweighs distances for thousands of steps."""
     hard: bool = True
     """In training z is the vector of the code drawn, with the mixture's gradient; otherwise the mixture itself."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -81,10 +84,15 @@ class Gumbel(CodebookQuantizer):
 
     @torch.no_grad()
     def _start_head(self) -> None:
-        """2 z.e_j - |e_j|^2: the distance up to a constant of z, which no softmax sees."""
+        """The distance's logits."""
         if self.head is not None:
-            self.head.weight.copy_(2 * self.codebook)
-            self.head.bias.copy_(-self.codebook.square().sum(1))
+            weight, bias = self._of_distance(self.codebook)
+            self.head.weight.copy_(weight)
+            self.head.bias.copy_(bias)
+
+    def _of_distance(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """scale (2 z.e_j - |e_j|^2): minus the scaled distance, up to a constant of z, which no softmax sees."""
+        return 2 * self.config.scale * vectors, -self.config.scale * vectors.square().sum(1)
 
     @torch.no_grad()
     def initialize(self, z: Tensor, rng: StepRng) -> None:
@@ -104,8 +112,7 @@ class Gumbel(CodebookQuantizer):
         """(..., D) to (..., K), up to a constant of each row."""
         if self.head is not None:
             return F.linear(rows, self.head.weight.to(rows.dtype), self.head.bias.to(rows.dtype))
-        vectors = self.codebook.to(rows.dtype)
-        return F.linear(rows, 2 * vectors, -vectors.square().sum(1))
+        return F.linear(rows, *self._of_distance(self.codebook.to(rows.dtype)))
 
     def forward(self, z: Tensor, rng: StepRng | None = None, active: Tensor | None = None) -> Quantized:
         check_latents(z, self.dim)

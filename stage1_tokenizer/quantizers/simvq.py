@@ -25,19 +25,20 @@ class SimVQConfig(QuantizerConfig):
     beta: Annotated[float, Field(ge=0)] = 0.25
     """Weight of the commitment term, on the encoder only."""
     init: Literal["moments", "identity"] = "moments"
-    """The map at first: the one that gives the codes mean and covariance of the first latents, or the identity."""
+    """The map at first: the one that gives the codes mean and covariance of the first latents, or I/D, for codes from N(0, I/D)."""
     estimator: Estimator = "straight_through"
     """What the decoder's gradient becomes for the encoder: the same, or turned back with z_e to e_k (Fifty et al. 2024)."""
 
 
 @QUANTIZERS.register("simvq", SimVQConfig)
 class SimVQ(CodebookQuantizer):
-    """e_k = W c_k + b, with c_k drawn from N(0, I/D) once and never trained; W and b learn by the codebook term |sg[z_e] - e|^2.
+    """e_k = W c_k + b, with c_k drawn from N(0, D I) once and never trained; W and b learn by the codebook term |sg[z_e] - e|^2.
 
     The gradient of the codes in use moves all others with them, so that fewer are left behind than of free vectors; there are no
     averages and no restarts.
-    Deviations from the paper: the offset b (its published code has it too) and the start from the latents' moments, in place of a
-    random W, so that codes lie where latents are from the first step on.
+    Deviations from the paper: the offset b (its published code has it too); the start from the latents' moments, in place of a
+    random W, so that codes lie where latents are from the first step on; and c_k of length D, not 1. Adam moves an entry of W by
+    about the learning rate, so a code by that times the length of c_k: shorter ones fall behind the encoder.
     """
 
     basis: Tensor
@@ -47,10 +48,11 @@ class SimVQ(CodebookQuantizer):
         super().__init__(config.codes, config.dim)
         self.config = config
         self.straight_through = config.estimator == "straight_through"
-        self.register_buffer("basis", nn.init.normal_(torch.empty(config.codes, config.dim), std=config.dim**-0.5))
+        self.register_buffer("basis", nn.init.normal_(torch.empty(config.codes, config.dim), std=config.dim**0.5))
         self.register_buffer("initialized", torch.tensor(config.init == "identity"))
         self.map = nn.Linear(config.dim, config.dim)
-        nn.init.eye_(self.map.weight)
+        with torch.no_grad():
+            nn.init.eye_(self.map.weight).div_(config.dim)
         nn.init.zeros_(self.map.bias)
 
     def extra_repr(self) -> str:
@@ -64,13 +66,13 @@ class SimVQ(CodebookQuantizer):
 
     @torch.no_grad()
     def initialize(self, z: Tensor, rng: StepRng) -> None:
-        """W = sqrt(D cov(z)) and b = mean(z): the basis has covariance I/D."""
+        """W = sqrt(cov(z) / D) and b = mean(z): the basis has covariance D I."""
         if bool(self.initialized):
             return
         self._check_first(z)
         mean = z.double().mean(0)
         centred = z.double() - mean
-        values, axes = torch.linalg.eigh(centred.t() @ centred * (self.dim / z.shape[0]))
+        values, axes = torch.linalg.eigh(centred.t() @ centred / (self.dim * z.shape[0]))
         root = (axes * values.clamp_min(0).sqrt()) @ axes.t()
         self.map.weight.copy_(root)
         self.map.bias.copy_(mean)

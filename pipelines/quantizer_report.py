@@ -10,6 +10,7 @@ from typing import Any
 from intarsia.files import write_atomic
 
 Result = Mapping[str, Any]
+NEAR = 0.2  # of the median rate
 
 
 def _held(result: Result) -> list[dict[str, Any]]:
@@ -65,24 +66,33 @@ def report(results: Sequence[Result]) -> str:
 
 
 def curve(path: Path, results: Sequence[Result]) -> None:
-    """PSNR against bits per image; a quantiser whose leading levels decode alone is a line."""
+    """PSNR against bits per image; a quantiser whose leading levels decode alone is a line. Beside it those near the median rate, named."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), dpi=100, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(14, 6), dpi=100, layout="constrained", facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    whole, near = figure.subplots(1, 2)
+    rates = sorted(bits_per_image(result) for result in results)
+    middle = rates[len(rates) // 2] if rates else 0.0
     for i, result in enumerate(results):
-        whole = (bits_per_image(result), float(result["tokenizer"]["reconstruction"]["psnr"]))
+        end = (bits_per_image(result), float(result["tokenizer"]["reconstruction"]["psnr"]))
         points = [(float(p["bits_per_image"]), float(p["psnr"])) for p in result["tokenizer"]["prefixes"]]
-        bits, quality = zip(*[*points, whole], strict=True)
-        axes.plot(bits, quality, marker="o" if i < 10 else "s", markersize=4, linewidth=1.2, color=f"C{i % 10}", label=result["name"])
-        axes.annotate(result["name"], whole, textcoords="offset points", xytext=(5, 3), fontsize=8)
-    axes.set_xlabel("bits per image: entropy of the codes, each level on its own")
-    axes.set_ylabel("PSNR, dB (mean per image)")
-    axes.grid(True, color="#e6e6e6")
+        style: dict[str, Any] = {"marker": "os^"[i // 10 % 3], "color": f"C{i % 10}", "markersize": 5, "label": result["name"]}
+        bits, quality = zip(*[*points, end], strict=True)
+        whole.plot(bits, quality, **style)
+        if abs(end[0] - middle) <= NEAR * middle:
+            near.plot(*end, **style)
+            near.annotate(result["name"], end, textcoords="offset points", xytext=(6, 3), fontsize=8)
+    whole.set_title("all")
+    near.set_title(f"within {NEAR:.0%} of the median rate")
+    near.margins(x=0.15)
+    for axes in (whole, near):
+        axes.set_xlabel("bits per image: entropy of the codes, each level on its own")
+        axes.set_ylabel("PSNR, dB (mean per image)")
+        axes.grid(True, color="#e6e6e6")
     if results:
-        axes.legend(fontsize=8, frameon=False)
+        whole.legend(fontsize=8, frameon=False)
     buffer = io.BytesIO()
     canvas.print_png(buffer)
     write_atomic(path, buffer.getvalue())

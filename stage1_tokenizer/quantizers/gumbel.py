@@ -38,7 +38,7 @@ class GumbelConfig(QuantizerConfig):
     logits: Literal["distance", "linear"] = "distance"
     """-scale |z_e - e_j|^2, or a linear head of its own (which starts as the distance)."""
     scale: Added[Annotated[float, Field(gt=0)]] = 16.0
-    """How much more a code's logit falls than its squared distance grows. At 1 the noise outweighs the distances of a young net (docs/log.md)."""
+    """How much more a code's logit falls than its squared distance grows. At 1 noise outweighs the distances of a young net."""
     hard: bool = True
     """In training z is the vector of the code drawn, with the mixture's gradient; otherwise the mixture itself."""
     temperature: Annotated[float, Field(gt=0)] = 1.0

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from intarsia.config import Budget, Config, Place
+from intarsia.config import Added, Budget, Config, Place
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -14,10 +14,12 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(Config):
-    """AdamW (Loshchilov and Hutter 2019), its schedule, clipping and averaged weights."""
+    """AdamW (Loshchilov and Hutter 2019) or Muon (Jordan et al. 2024), the schedule, clipping and averaged weights."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate."""
+    muon: Added[Annotated[float, Field(ge=0)]] = 0.0
+    """Peak learning rate of Muon, which then trains the weights of hidden layers; 0.02 is usual. 0 = AdamW for all."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.99)
     """Decay of the first and second moments."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -60,7 +60,7 @@ class RunFolder:
             self.is_main: bool = comm.rank == 0
             self.sharded = comm.world_size > 1 and sharding.requested()
             if self.sharded:
-                sharding.check_sharded(kind, self.precision, config.batch_size, config.accumulate, comm.world_size)
+                sharding.check_sharded(kind, self.precision, config.batch_size, config.accumulate, comm.world_size, config.optim.muon)
             comm.barrier()  # every rank has compared its configuration with the old file
             with on_main("config.yaml", comm, self.device):
                 if self.is_main:

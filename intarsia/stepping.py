@@ -1,4 +1,4 @@
-"""One optimizer step: autocast, gradients weighted by samples, one reduced flag for all that must be finite, AdamW."""
+"""One optimizer step: autocast, gradients weighted by samples, one reduced flag for all that must be finite, AdamW or Muon."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from intarsia.average import AveragedWeights
 from intarsia.cli import RunError
 from intarsia.distributed import Comm
 from intarsia.metrics_log import RunningMeans
+from intarsia.muon import Muon, hidden_weights
 from intarsia.parts import Part
-from intarsia.run_config import RunConfig
+from intarsia.run_config import OptimConfig, RunConfig
 from intarsia.schedule import learning_rate
 from intarsia.sharding import is_sharded, whole
 
@@ -27,11 +28,17 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LEAST_SCALE = 2.0**-14
 
 
-def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Tensors with two axes or more decay; biases, norms and scalars do not."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [([p for p in trained if p.ndim >= 2], weight_decay), ([p for p in trained if p.ndim < 2], 0.0)]
-    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Tensors with two axes or more decay; biases, norms and scalars do not. With Muon the weights of hidden layers come first."""
+    hidden = hidden_weights(module) if optim.muon else []
+    rest = [p for p in module.parameters() if p.requires_grad and not any(p is h for h in hidden)]
+    matrices, vectors = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
+    groups = [
+        {"params": hidden, "weight_decay": optim.weight_decay, "peak": optim.muon, "hidden": True},
+        {"params": matrices, "weight_decay": optim.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 class Stepper:
@@ -58,11 +65,12 @@ class Stepper:
         self.module, self.config, self.comm, self._warn = module, config, comm, warn
         self.device: torch.device = accelerator.device
         self._autocast = _AUTOCAST.get(precision)
-        groups = decay_groups(module, config.optim.weight_decay) if optimizer_params is None else list(optimizer_params)
+        groups = parameter_groups(module, config.optim) if optimizer_params is None else list(optimizer_params)
         if not groups:
             raise ValueError("the module has no parameter to train")
         o = config.optim
-        self.optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=True)
+        kind = Muon if o.muon else torch.optim.AdamW
+        self.optimizer = kind(groups, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=True)
         self.trained: list[nn.Parameter] = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.average = AveragedWeights(module, o.average) if o.average else None
         self.scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" else None
@@ -146,7 +154,7 @@ class Stepper:
         if self.config.optim.clip:
             torch.nn.utils.clip_grads_with_norm_(self.trained, self.config.optim.clip, norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config.optim, step, self.config.steps)
+            group["lr"] = learning_rate(self.config.optim, step, self.config.steps, group.get("peak"))
         if self.scaler is None:
             self.optimizer.step()
         else:

@@ -19,12 +19,20 @@ from stage2_prior.packed import packed
 Drawer = Callable[[int, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
-class FullHead(nn.Linear):
-    """One softmax over the whole vocabulary."""
+class Logits(nn.Linear):
+    """A last layer: starts near 0, and learns better under AdamW than under Muon (docs/log.md)."""
 
-    def __init__(self, width: int, vocab: int) -> None:
-        super().__init__(width, vocab, bias=False)
+    muon = False
+
+    def __init__(self, width: int, vocab: int, bias: bool = False) -> None:
+        super().__init__(width, vocab, bias=bias)
         nn.init.normal_(self.weight, std=0.02)
+        if bias:
+            nn.init.zeros_(self.bias)
+
+
+class FullHead(Logits):
+    """One softmax over the whole vocabulary."""
 
     def logits(self, features: Tensor, codes: Tensor) -> Tensor:
         """(..., D) to (..., vocab); ``codes`` are not looked at."""
@@ -49,12 +57,10 @@ class DigitHead(nn.Module):
         self.hidden = nn.Linear(width, width, bias=False)
         self.biases = nn.Parameter(torch.zeros(len(sizes), width))
         self.seen = nn.ModuleList(nn.Embedding(size, width) for size in sizes[:-1])
-        self.last = nn.ModuleList(nn.Linear(width, size, bias=False) for size in sizes)
+        self.last = nn.ModuleList(Logits(width, size) for size in sizes)
         nn.init.normal_(self.hidden.weight, std=width**-0.5)
         for table in self.seen.parameters():
             nn.init.normal_(table, std=0.5)
-        for weight in self.last.parameters():
-            nn.init.normal_(weight, std=0.02)
 
     @property
     def output(self) -> Sequence[nn.Linear]:

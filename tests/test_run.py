@@ -153,6 +153,19 @@ def test_weight_decay_is_for_matrices_alone(tmp_path):
     assert groups == {0.1: [2, 2], 0.0: [1, 1]}
 
 
+def test_with_muon_the_hidden_weights_have_a_peak_of_their_own_and_the_same_schedule(tmp_path):
+    with Run(config(tmp_path, optim={"weight_decay": 0.1, "muon": 0.02, "warmup": 4}), kind="toy") as run:
+        model = run.prepare(Toy())
+        for step in run.steps():
+            if step == 2:
+                break
+            loss, _ = model(torch.ones(3, 4))
+            loss.backward()
+            run.optimizer_step()
+    groups = [([p.ndim for p in g["params"]], g["weight_decay"], round(g["lr"], 9)) for g in run.optimizer.param_groups]
+    assert groups == [([2, 2], 0.1, 0.01), ([1, 1], 0.0, 0.005)]
+
+
 def test_the_schedule_warms_up_and_falls_along_half_a_cosine():
     optim = OptimConfig(lr=2.0, warmup=4)
     rates = [learning_rate(optim, step, 24) for step in range(25)]
@@ -337,7 +350,8 @@ def test_f1_max_bad_steps_skips_the_step_and_its_statistics(tmp_path, capsys):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a4_stopped_at_any_step_and_resumed_the_run_ends_as_if_never_stopped(tmp_path, workers, accumulate):
-    changes = {"workers": workers, "accumulate": accumulate, "steps": 11, "log": {"every": 3}, "optim": {"average": 0.9, "warmup": 2}}
+    optim = {"average": 0.9, "warmup": 2, "muon": 0.02 if accumulate == 2 else 0.0}
+    changes = {"workers": workers, "accumulate": accumulate, "steps": 11, "log": {"every": 3}, "optim": optim}
     whole = go(tmp_path / "whole", **changes)
 
     def stop(step: int, run: Run) -> None:

@@ -55,6 +55,7 @@ class Quantizer(nn.Module):
     """
 
     type_name: ClassVar[str]
+    muon: ClassVar[bool] = False  # what it learns by gradient is AdamW's
     dim: int
     straight_through: bool = False
     soft: bool = False

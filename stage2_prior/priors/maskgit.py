@@ -15,6 +15,7 @@ from intarsia.rng import StepRng, uniform
 from intarsia.specs import CodesSpec, Cond
 from stage2_prior.context import Context, ContextEncoder, embedding
 from stage2_prior.decoding import MaskGITOptions, decode
+from stage2_prior.heads import Logits
 from stage2_prior.layout import Layout
 from stage2_prior.masking import Schedule, masked_count, masked_places
 from stage2_prior.packed import packed
@@ -61,9 +62,7 @@ class MaskGITPrior(Prior):
         self.context = ContextEncoder(self.layout, self.upper, width, classes, self.has_null, config.positions == "learned")
         self.codes = nn.ModuleList(embedding(level.vocab + 1, width, 0.5) for level in self.own)  # the last row: masked
         self.trunk = Transformer(width, config.depth, config.heads, causal=False)
-        self.heads = nn.ModuleList(nn.Linear(width, level.vocab, bias=False) for level in self.own)
-        for head in self.heads.parameters():
-            nn.init.normal_(head, std=0.02)
+        self.heads = nn.ModuleList(Logits(width, level.vocab) for level in self.own)
         if config.positions == "rotary":  # refuses heads that are too small
             rotary_tables(torch.zeros(1, len(self.own[0].shape), dtype=torch.float64, device="cpu"), width // config.heads)
         self._tables: dict[torch.device, Rotary] = {}

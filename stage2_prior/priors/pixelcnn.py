@@ -18,6 +18,7 @@ from intarsia.specs import CodesSpec
 from stage2_prior.causal_attention import CausalAttention, Memory
 from stage2_prior.context import Context, ContextEncoder, embedding
 from stage2_prior.gated_conv import Buffers, GatedLayer, shift_down, shift_right
+from stage2_prior.heads import Logits
 from stage2_prior.packed import Projection, packed
 from stage2_prior.priors.autoregressive import AutoregressivePrior, State
 from stage2_prior.priors.base import PRIORS, PriorConfig
@@ -92,10 +93,7 @@ class PixelCNNPrior(AutoregressivePrior):
         self.layers = nn.ModuleList(GatedLayer(width, config.kernel, depth**-0.5, last=i == depth - 1) for i in range(depth))
         self.attention = nn.ModuleList(CausalAttention(width, config.heads, depth**-0.5) for _ in range(blocks))
         self.after = {(i + 1) * depth // blocks - 1: i for i in range(blocks)}  # layer -> the attention that follows it
-        last = nn.Linear(2 * width, vocab)
-        nn.init.normal_(last.weight, std=0.02)
-        nn.init.zeros_(last.bias)
-        self.head = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width), nn.SiLU(), last)
+        self.head = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width), nn.SiLU(), Logits(2 * width, vocab, bias=True))
 
     @property
     def stack(self) -> Sequence[GatedLayer]:

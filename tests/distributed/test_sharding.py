@@ -125,6 +125,7 @@ def test_a_nan_on_one_rank_ends_the_run_on_both_before_the_weights_change(ranks,
         ({"FSDP_VERSION": "1"}, {}, "fsdp_version: 1 in the launcher's configuration; expected 2"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, "fsdp_offload_params: true in the launcher's configuration; expected false"),
         ({}, {"batch_size": 5, "accumulate": 3}, "batch_size: 5 leaves some processes fewer micro-batches than others under FSDP"),
+        ({}, {"optim": {"muon": 0.02}}, "optim.muon: 0.02 needs whole matrices, which FSDP deals to the processes; expected 0"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused_on_every_rank(environment, changes, words, ranks, codes, tmp_path):

@@ -84,10 +84,10 @@ def test_every_registered_tokenizer_has_a_case():
 
 @pytest.mark.parametrize("case", TOKENIZER_CASES)
 def test_c1_and_c3_two_processes_train_a_tokenizer_as_one_does(case, ranks, tmp_path):
-    """k-means (from coarse to fine), restarts, quantiser dropout, dropped levels; uneven batches, micro-batches, averaged weights."""
+    """k-means (from coarse to fine), restarts, quantiser dropout, dropped levels; uneven batches, micro-batches, averaged weights, Muon."""
 
     def config(name, share):
-        averaged = {"optim": {"average": 0.9}, "log": {"validate_every": 20, "checkpoint_every": 20}}
+        averaged = {"optim": {"average": 0.9, "muon": 0.02}, "log": {"validate_every": 20, "checkpoint_every": 20}}
         return tiny(tmp_path / name, steps=20, precision="fp64", tokenizer=TOKENIZER_CASES[case], **averaged, **share)
 
     for name, share in SHARES.items():

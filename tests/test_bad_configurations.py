@@ -43,7 +43,7 @@ VQVAE = "tokenizer: {{type: vqvae, quantizer: {{type: vq, "
 NET = "tokenizer: {{type: vqvae, net: {{type: conv, "
 CASES = {
     "unknown key": ("sede: 3", "error: sede: unknown key; did you mean 'seed'? allowed: run, seed, steps"),
-    "unknown nested key": ("optim: {{lrr: 1}}", "error: optim.lrr: unknown key; did you mean 'lr'? allowed: lr, betas"),
+    "unknown nested key": ("optim: {{lrr: 1}}", "error: optim.lrr: unknown key; did you mean 'lr'? allowed: lr, muon, betas"),
     "unknown key in a type": (VQVAE + "cods: 3}}}}", "error: tokenizer.quantizer.cods: unknown key; did you mean 'codes'?"),
     "unknown type": ("tokenizer: {{type: vqave}}", "error: tokenizer: unknown tokenizer 'vqave'; did you mean 'vqvae'? known: vqvae"),
     "unknown source": ("data: {{type: bundeld}}", "error: data: unknown data source 'bundeld'; did you mean 'bundled'? known: bundled"),

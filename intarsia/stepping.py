@@ -31,7 +31,8 @@ _LEAST_SCALE = 2.0**-14
 def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     """Tensors with two axes or more decay; biases, norms and scalars do not. With Muon the weights of hidden layers come first."""
     hidden = hidden_weights(module) if optim.muon else []
-    rest = [p for p in module.parameters() if p.requires_grad and not any(p is h for h in hidden)]
+    taken = {id(p) for p in hidden}
+    rest = [p for p in module.parameters() if p.requires_grad and id(p) not in taken]
     matrices, vectors = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
     groups = [
         {"params": hidden, "weight_decay": optim.weight_decay, "peak": optim.muon, "hidden": True},

@@ -28,7 +28,7 @@ quickstart: $(STAMP) ## train both stages on the bundled images; results in runs
 test: $(STAMP) ## the tests of every change (at most 5 minutes on two cores)
 	$(PYTEST) $(PARALLEL) -m "not slow and not faults and not gpu"
 
-faults: $(STAMP) ## crashes, damage and bad ranks, with real processes (at most 6 minutes)
+faults: $(STAMP) ## several processes train as one; crashes, damage, bad ranks (at most 6 minutes)
 	$(PYTEST) $(PARALLEL) -m "faults and not slow and not gpu"
 
 test-slow: $(STAMP) ## long tests: more kills, an empty-environment installation

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.cli import find_config, load_tree, shipped_configs
+from intarsia.machine import tensor_bytes
 from intarsia.meta import build_on_meta
 from intarsia.rng import StepRng
 from intarsia.specs import CodesSpec, Cond, LevelSpec, SignalSpec
+from intarsia.stepping import state_bytes
 from stage1_tokenizer.tokenizers.base import TOKENIZERS
 from stage1_tokenizer.train import TokenizerTrainConfig
 from stage2_prior.priors.base import PRIORS
@@ -107,9 +109,8 @@ def row(name: str, measure: bool = True) -> Row:
         module = build_on_meta(PRIORS.get(config.prior.type_name), config.prior, spec)
         levels, sharded = module.own, True
         activations = prior_activations(config.prior, spec) if measure else 0
-    weights = sum(p.numel() * p.element_size() for p in module.parameters())
-    statistics = sum(b.numel() * b.element_size() for b in module.buffers())
-    state = weights * (4 + bool(config.optim.average)) + statistics  # with gradients and two moments
+    weights, statistics = tensor_bytes(module.parameters()), tensor_bytes(module.buffers())
+    state = 2 * weights + state_bytes(module, config.optim) + statistics  # with gradients
     positions = sum(level.positions for level in levels)
     return Row(
         name=name,

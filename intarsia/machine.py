@@ -70,7 +70,6 @@ def check_space(folder: Path, needed: int, allow_low_space: bool) -> None:
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """The bytes that the tensors take; those on the meta device count as if they were real."""
-    """The memory of tensors, on whatever device."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

@@ -20,6 +20,7 @@ from intarsia.lock import RunLock
 from intarsia.release import replace_folder, restore_folder
 from intarsia.run_config import RunConfig
 from intarsia.run_state import compare_with_folder
+from intarsia.stepping import state_bytes
 from intarsia.together import on_main
 
 Save = Callable[[Path], Any]
@@ -60,7 +61,7 @@ class RunFolder:
             self.is_main: bool = comm.rank == 0
             self.sharded = comm.world_size > 1 and sharding.requested()
             if self.sharded:
-                sharding.check_sharded(kind, self.precision, config.batch_size, config.accumulate, comm.world_size, config.optim.muon)
+                sharding.check_sharded(config, kind, self.precision, comm.world_size)
             comm.barrier()  # every rank has compared its configuration with the old file
             with on_main("config.yaml", comm, self.device):
                 if self.is_main:
@@ -73,9 +74,9 @@ class RunFolder:
 
     def check_space(self, module: nn.Module, reserve: int = 0) -> None:
         """Raises UserError without room for two checkpoints and a release of ``module`` (it may be on meta), and ``reserve`` bytes."""
-        weights, trained = (machine.tensor_bytes(tensors) for tensors in (module.state_dict().values(), module.parameters()))
+        weights, state = machine.tensor_bytes(module.state_dict().values()), state_bytes(module, self.config.optim)
         there = sum(f.stat().st_size for f in self.checkpoints.glob("step-*/*"))
-        needed = 3 * weights + 2 * trained * (3 if self.config.optim.average else 2) - there
+        needed = 3 * weights + 2 * state - there
         machine.check_space(self.folder, machine.SPARE_BYTES + reserve + max(0, needed), self.flags.allow_low_space)
 
     def _newest(self) -> Path | None:

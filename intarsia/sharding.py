@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # which takes a second
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
+    from intarsia.run_config import RunConfig
+
 UNITS = ("Block", "LlamaDecoderLayer")  # classes whose weights are gathered and let go together; only their forward may use them
 ENTRIES = ("nll",)  # what is called besides forward
 
@@ -40,18 +42,18 @@ def requested() -> bool:
     return True
 
 
-def check_sharded(kind: str, precision: str, batch_size: int, accumulate: int, world_size: int, muon: float = 0.0) -> None:
+def check_sharded(config: RunConfig, kind: str, precision: str, world_size: int) -> None:
     """Raises ConfigError for a run that cannot be sharded."""
     if kind != "prior":
         what = f"a {kind} keeps statistics of whole batches and is small"
         raise ConfigError([f"distributed_type: FSDP in the launcher's configuration shards priors; {what}: launch with MULTI_GPU"])
     if precision == "fp16":
         raise ConfigError(["precision: 'fp16' has no loss scaling over shards; with FSDP expected one of auto, bf16, fp32, fp64"])
-    if muon:
-        raise ConfigError([f"optim.muon: {muon} needs whole matrices, which FSDP deals to the processes; expected 0"])
-    if batch_size < accumulate * world_size:
-        needed = f"expected at least {accumulate * world_size}, accumulate {accumulate} times {world_size} processes"
-        raise ConfigError([f"batch_size: {batch_size} leaves some processes fewer micro-batches than others under FSDP; {needed}"])
+    if config.optim.muon:
+        raise ConfigError([f"optim.muon: {config.optim.muon} needs whole matrices, which FSDP deals to the processes; expected 0"])
+    if config.batch_size < config.accumulate * world_size:
+        needed = f"expected at least {config.accumulate * world_size}, accumulate {config.accumulate} times {world_size} processes"
+        raise ConfigError([f"batch_size: {config.batch_size} leaves some processes fewer micro-batches than others under FSDP; {needed}"])
 
 
 def shard(module: nn.Module, device: torch.device, world_size: int) -> None:

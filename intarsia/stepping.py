@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from intarsia.average import AveragedWeights
 from intarsia.cli import RunError
 from intarsia.distributed import Comm
+from intarsia.machine import tensor_bytes
 from intarsia.metrics_log import RunningMeans
 from intarsia.muon import Muon, hidden_weights
 from intarsia.parts import Part
@@ -40,6 +41,13 @@ def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, An
         {"params": vectors, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def state_bytes(module: nn.Module, optim: OptimConfig) -> int:
+    """What training keeps beside weights and gradients, in bytes: two moments (one of each weight that Muon trains) and averages."""
+    trained = tensor_bytes(p for p in module.parameters() if p.requires_grad)
+    single = tensor_bytes(hidden_weights(module)) if optim.muon else 0
+    return trained * (3 if optim.average else 2) - single
 
 
 class Stepper:

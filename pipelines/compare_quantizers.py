@@ -26,6 +26,7 @@ from intarsia.cli import Flags, UserError, parse, run_main
 from intarsia.config import Config, Place
 from intarsia.files import json_bytes, read_json, write_atomic
 from intarsia.machine import check_folder
+from intarsia.metrics_log import read_metrics
 from pipelines.pace import pace, ratio
 from pipelines.quantizer_report import curve, report
 from stage1_tokenizer.quantizers.base import QuantizerConfig
@@ -62,7 +63,7 @@ class CompareConfig(Config):
     prior_seconds: Annotated[float, Field(gt=0)] = 600
     """Training of each prior, likewise."""
     best: Annotated[int, Field(ge=0)] = 4
-    """So many tokenizers, by PSNR, get a prior."""
+    """So many tokenizers, the best by PSNR of their last validation, get a prior."""
     samples: Annotated[int, Field(ge=10)] = 5000
     """Samples of each prior that are compared with real images."""
     features: str = ""
@@ -168,6 +169,8 @@ class Comparison:
         found = read_json(Path(out) / "evaluation.json", UserError)
         result["seconds"] = result.get("seconds", 0.0) + seconds
         result["tokenizer"] = {"reconstruction": found["reconstruction"], "codes": found["codes"], "prefixes": found.get("prefixes", [])}
+        validated = [line["validation/psnr"] for line in read_metrics(Path(run) / "metrics.jsonl") if "validation/psnr" in line]
+        result["validation_psnr"] = validated[-1] if validated else None
         self.save(result)
 
     def prior_training(self, entry: EntryConfig) -> list[str]:
@@ -224,9 +227,13 @@ class Comparison:
         curve(self.out / "curve.png", done)
 
     def chosen(self) -> list[EntryConfig]:
-        """The best by PSNR."""
+        """The best by PSNR of their last validation, which spares ``split``; by that of ``split`` where some trained without."""
         ranked = [entry for entry in self.config.quantizers if entry.ranked]
-        return sorted(ranked, key=lambda entry: -self.result(entry.name)["tokenizer"]["reconstruction"]["psnr"])[: self.config.best]
+        results = {entry.name: self.result(entry.name) for entry in ranked}
+        quality: dict[str, Any] = {name: result.get("validation_psnr") for name, result in results.items()}
+        if None in quality.values():
+            quality = {name: result["tokenizer"]["reconstruction"]["psnr"] for name, result in results.items()}
+        return sorted(ranked, key=lambda entry: -quality[entry.name])[: self.config.best]
 
 
 def read_run_data(run: Path) -> str:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from intarsia.machine import tensor_bytes
 from intarsia.rng import StepRng
+from intarsia.run_config import OptimConfig
+from intarsia.stepping import state_bytes
 from stage1_tokenizer.levels import prefix_names
 from stage1_tokenizer.quantizers.base import Quantized, Quantizer
 from stage1_tokenizer.tokenizers.base import Tokenizer
@@ -67,11 +69,11 @@ def activation_bytes(tokenizer: Tokenizer) -> int:
     return total
 
 
-def describe(tokenizer: Tokenizer, copies: int, kept: int) -> Iterator[str]:
+def describe(tokenizer: Tokenizer, optim: OptimConfig, kept: int) -> Iterator[str]:
     """Lines of text on a tokenizer of the meta device.
 
     Args:
-        copies: of the trained parameters beside themselves: gradients, two moments, averages.
+        optim: what trains it, which says what is kept beside weights and gradients.
         kept: checkpoints that a run keeps.
     """
     counts = parts(tokenizer)
@@ -86,7 +88,8 @@ def describe(tokenizer: Tokenizer, copies: int, kept: int) -> Iterator[str]:
     yield f"codes: {bits:,.0f} bits per sample, {bits / samples:.3f} per number of the signal"
     if names := prefix_names(tokenizer):
         yield f"decode alone: {', '.join(names.values())}"
-    weights, trained = tensor_bytes(tokenizer.state_dict().values()), tensor_bytes(tokenizer.parameters())
-    yield f"memory: {weights + copies * trained:,} bytes for weights, gradients and optimizer"
+    weights, gradients = tensor_bytes(tokenizer.state_dict().values()), tensor_bytes(p for p in tokenizer.parameters() if p.requires_grad)
+    state = state_bytes(tokenizer, optim)
+    yield f"memory: {weights + gradients + state:,} bytes for weights, gradients and optimizer"
     yield f"activations: {activation_bytes(tokenizer):,} bytes per sample of a micro-batch on top, in float32"
-    yield f"disk: {weights + (copies - 1) * trained:,} bytes per checkpoint, {kept} are kept"
+    yield f"disk: {weights + state:,} bytes per checkpoint, {kept} are kept"

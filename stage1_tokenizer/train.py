@@ -192,8 +192,7 @@ def on_meta(config: TokenizerTrainConfig, source: Source) -> Tokenizer:
 
 def describe(config: TokenizerTrainConfig, source: Source) -> Iterator[str]:
     """What --dry_run prints."""
-    copies = 3 + bool(config.optim.average)  # gradients, two moments, averages
-    yield from sizes.describe(on_meta(config, source), copies, config.log.keep)
+    yield from sizes.describe(on_meta(config, source), config.optim, config.log.keep)
 
 
 def check(source: Source) -> Iterator[str]:

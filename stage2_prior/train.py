@@ -23,6 +23,7 @@ from intarsia.rng import StepRng
 from intarsia.run import Run
 from intarsia.run_config import LogConfig, OptimConfig, RunConfig
 from intarsia.specs import CodesSpec, Cond
+from intarsia.stepping import state_bytes
 from intarsia.together import on_main
 from stage2_prior.priors.base import PRIORS, Prior, PriorConfig
 from stage2_prior.priors.gpt import GPTConfig
@@ -166,15 +167,14 @@ def on_meta(config: PriorTrainConfig, spec: CodesSpec) -> Prior:
 def describe(config: PriorTrainConfig, spec: CodesSpec) -> Iterator[str]:
     """What --dry_run prints."""
     prior = on_meta(config, spec)
-    weights = tensor_bytes(prior.parameters())
-    copies = 3 + bool(config.optim.average)  # gradients, two moments, averages
+    weights, state = tensor_bytes(prior.parameters()), state_bytes(prior, config.optim)
     yield f"{config.prior.type_name}: {sum(p.numel() for p in prior.parameters()):,} parameters"
     for title, levels in (("given", prior.upper), ("models", prior.own)):
         for level in levels:
             yield f"{title} level {level.name}: {level.vocab} codes on a grid of {'x'.join(map(str, level.shape))}"
     yield f"conditions: {f'{len(spec.classes)} classes' if prior.conditional else 'none'}"
-    yield f"memory: {weights * (1 + copies):,} bytes for weights, gradients and optimizer; activations come on top"
-    yield f"disk: {weights * copies:,} bytes per checkpoint, {config.log.keep} are kept"
+    yield f"memory: {2 * weights + state:,} bytes for weights, gradients and optimizer; activations come on top"
+    yield f"disk: {weights + state:,} bytes per checkpoint, {config.log.keep} are kept"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: bits depend on th
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import importlib
 import pickle
 import signal
 import tempfile
@@ -41,11 +42,18 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def preload() -> None:
+    """Imports, once for all children that will be forked, what a first optimizer and a first run would import in each: seconds."""
+    for name in ("torch._dynamo", "accelerate", "tqdm"):
+        importlib.import_module(name)
+
+
 def run_ranks(fn: Callable[[int], Any], world: int = 2, timeout: float = 60.0) -> list[Any]:
     """``fn(rank)`` in ``world`` forked processes that gloo joins; their results in order of rank.
 
     Raises AssertionError with the traceback of a rank that fails, and where one has not ended after ``timeout`` seconds.
     """
+    preload()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pids = [_fork(fn, rank, world, folder, timeout) for rank in range(world)]

@@ -99,8 +99,10 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if arguments[0] == "stage1_tokenizer.train":
             (folder / "model").mkdir(exist_ok=True)
             (folder / "config.yaml").write_text("data: {type: bundled, name: fashion}\n")
+            validated = [{"step": i, "validation/psnr": psnr} for i, psnr in ((1, 5.0), (2, 22.0 - len(ran) / 100))]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in validated))
         if arguments[0].endswith("evaluate"):
-            quality = {"psnr": 20.0 + len(entry), "psnr_pooled": 20.0}
+            quality = {"psnr": 20.0 + (entry == "two"), "psnr_pooled": 20.0}
             samples = {"frechet": {"samples": {"value": 1.0, "low": 0.9, "high": 1.1}}, "frechet_ratio_to_baseline": {"value": 0.5}}
             found = {"reconstruction": quality, "codes": {"test": [LEVEL]}, "bits": {"total": {"bits_per_image": 30.0}}, "samples": samples}
             (folder / "evaluation.json").write_text(json.dumps(found))
@@ -164,6 +166,16 @@ def test_figures_alone_go_on_elsewhere_and_tokenizers_for_priors_are_trained_aga
     faked.clear()
     compare(config(there, prior="fashion_mnist/gpt", best=1), Flags())
     assert faked == ["train one", "encode one", "pace one", "train one", "assemble one", "evaluate one"]
+
+
+def test_the_best_are_chosen_by_validation_and_not_by_the_split_of_the_table(tmp_path: Path, faked: list[str]) -> None:
+    """Here one is better on validation, two on the split; without any validation the split decides."""
+    compare(config(tmp_path / "c", prior="fashion_mnist/gpt", best=1), Flags())
+    assert faked[-1] == "evaluate one"
+    for file in (tmp_path / "c" / "results").iterdir():
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"validation_psnr": None}))
+    compare(config(tmp_path / "c", prior="fashion_mnist/gpt", best=1), Flags())
+    assert faked[-1] == "evaluate two"
 
 
 def test_another_comparison_in_the_same_folder_is_refused(tmp_path: Path, faked: list[str]) -> None:

@@ -1,6 +1,6 @@
 """Every shipped configuration loads through the script that its folder's README names, builds, and takes two steps.
 
-The reductions are those of ``REDUCED``: four samples a step, and tiny data of the same geometry in place of what is not
+The reductions are those of ``REDUCED``: two samples a step, and tiny data of the same geometry in place of what is not
 bundled, of 128 px where it is more. Networks keep their full size, but for configurations marked as large: those step with the
 widths, depths and batches of ``SMALL``, their grids and all else as they are.
 """
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent / "configs"
 OTHERS = ("accelerate", "compare_quantizers")  # of the launcher and of other scripts, with tests of their own
 NAMES = [name for name in shipped_configs() if Path(name).parts[0] not in OTHERS]
 SCRIPTS = {"tokenizer": "stage1_tokenizer.train", "prior": "stage2_prior.train"}
-REDUCED = {"batch_size": 4, "accumulate": 1, "workers": 0, "device": "cpu", "validation_samples": 8}
+REDUCED = {"batch_size": 2, "accumulate": 1, "workers": 0, "device": "cpu", "validation_samples": 8}
 SMALL = {"width": 32, "depth": 2, "codes": 64, "samples": 2}  # heads keep their width of at least 4: 8 of them
 LOG = {"every": 1, "validate_every": 0, "pictures_every": 0, "trackers": ()}
 

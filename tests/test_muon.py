@@ -8,8 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from intarsia.average import AveragedWeights
+from intarsia.machine import tensor_bytes
 from intarsia.muon import Muon, hidden_weights, orthogonal
+from intarsia.run_config import OptimConfig
 from intarsia.specs import SignalSpec
+from intarsia.stepping import parameter_groups, state_bytes
 from stage1_tokenizer.quantizers.base import QUANTIZERS
 from stage1_tokenizer.tokenizers.base import TOKENIZERS
 from stage1_tokenizer.tokenizers.vqvae import VQVAEConfig
@@ -130,3 +134,17 @@ def test_frozen_and_tied_weights_are_left_out():
     net[3].weight.requires_grad_(False)
     net[4].muon = False
     assert names(net) == {"2.weight"}
+
+
+@pytest.mark.parametrize("optim", [{}, {"muon": 0.02}, {"muon": 0.02, "average": 0.9}])
+def test_the_bytes_that_training_keeps_are_those_of_the_optimizer_and_the_averages(optim):
+    """Counted before training; a counter of steps for each weight comes on top."""
+    module = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3))
+    module[0].bias.requires_grad_(False)
+    config = OptimConfig(**optim)
+    optimizer = Muon(parameter_groups(module, config))
+    module(torch.randn(4, 5)).square().mean().backward()
+    optimizer.step()
+    moments = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
+    averages = AveragedWeights(module, config.average).values if config.average else {}
+    assert state_bytes(module, config) == tensor_bytes([*moments, *averages.values()])

@@ -24,6 +24,8 @@ from stage1_tokenizer.tokenizers.base import TOKENIZERS
 from stage1_tokenizer.tokenizers.vqvae2 import LevelConfig
 from tests.training import HIERARCHY, TOKENIZER, run_training, tiny, together
 
+pytestmark = pytest.mark.faults
+
 STEPS = 10
 VQ = VQConfig(codes=12, dim=4, decay=0.5, restart=0.8)  # dead below four fifths of the mean use: in every step some codes are
 RESTARTING: dict[str, Any] = {

@@ -13,6 +13,8 @@ from stage1_tokenizer.quantizers.vq import VQConfig
 from stage1_tokenizer.train import TokenizerTrainConfig
 from tests.training import TOKENIZER, Left, run_training, tiny, together
 
+pytestmark = pytest.mark.faults
+
 STEPS = 28
 FAR = VQConfig(codes=16, dim=4, update="gradient", init="normal", restart=0.0, beta=5.0)  # codes that few latents are near to
 PARTS = ("module/", "optimizer/", "extra-health/")

@@ -13,6 +13,8 @@ from stage2_prior.priors.base import PRIORS
 from tests.tiny_codes import write_tiny_codes
 from tests.training import Left, together
 
+pytestmark = pytest.mark.faults
+
 NOISE = {"corruption": 0.2, "dropout": 0.2, "cond_dropout": 0.3}
 SMALL = {"width": 8, "depth": 1, "heads": 2} | NOISE
 CASES: dict[str, dict[str, Any]] = {

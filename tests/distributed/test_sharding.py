@@ -17,6 +17,8 @@ from stage2_prior.priors.base import Prior
 from tests.test_train_prior import write
 from tests.training import Left, run_training, tiny
 
+pytestmark = pytest.mark.faults
+
 GPT = {"type": "gpt", "levels": "0:2", "width": 12, "depth": 2, "heads": 2}
 ENVIRONMENT = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 

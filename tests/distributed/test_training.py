@@ -19,6 +19,8 @@ from stage1_tokenizer.quantizers.vq import VQConfig
 from stage1_tokenizer.tokenizers.base import TOKENIZERS
 from tests.training import HIERARCHY, TOKENIZER, Left, run_training, tiny, together
 
+pytestmark = pytest.mark.faults
+
 
 def each(ranks, config, before=None, **flags):
     """Trains ``config`` in two forked processes, after ``before(rank)``; how each ended: None, its exit code or its error."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import random
 import signal
@@ -22,6 +21,7 @@ from stage2_prior import train as prior_script
 from stage2_prior.priors.base import PriorConfig
 from stage2_prior.priors.gpt import GPTConfig
 from stage2_prior.priors.maskgit import MaskGITConfig
+from tests.conftest import preload
 from tests.test_run import go
 from tests.tiny_codes import write_tiny_codes
 from tests.training import HIERARCHY, LOG, TOKENIZER, Left, augmented, fork, run_training, tiny, wait
@@ -32,9 +32,8 @@ KILLS = 12
 
 @pytest.fixture(autouse=True, scope="module")
 def _preloaded() -> None:
-    """What a first optimizer imports takes seconds: in the parent once, else most kills would land in imports."""
-    for name in ("torch._dynamo", "accelerate", "tqdm"):
-        importlib.import_module(name)
+    """In the parent once, else most kills would land in imports."""
+    preload()
 
 
 def killed_and_resumed(main: Callable[[Path], Any], folder: Path, seconds: float, dice: random.Random, kills: int) -> int:

@@ -77,9 +77,13 @@ def test_the_cpu_launchers_start_that_many_processes_in_one_run(launcher, enviro
 
 
 @pytest.mark.slow
-def test_two_cpus_without_the_variable_are_refused_instead_of_starting_two_runs(tmp_path):
+def test_two_cpus_without_the_variable_are_one_run_of_two_or_none(tmp_path):
+    """Never two runs in one folder; which of both depends on accelerate."""
     done = launch("two_cpus", {}, "-m", "stage1_tokenizer.train", "--run", str(tmp_path / "run"), *WORDS, *TOKENIZER)
-    assert done.returncode != 0 and not (tmp_path / "run/model").exists()
+    if done.returncode == 0:
+        assert world_of(tmp_path / "run") == 2
+    else:
+        assert not (tmp_path / "run/model").exists()
 
 
 @pytest.mark.slow

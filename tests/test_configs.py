@@ -1,7 +1,7 @@
 """Every shipped configuration loads through the script that its folder's README names, builds, and takes two steps.
 
 The reductions are those of ``REDUCED``: two samples a step, and tiny data of the same geometry in place of what is not
-bundled, of 128 px where it is more. Networks keep their full size, but for configurations marked as large: those step with the
+bundled, of 64 px where it is more. Networks keep their full size, but for configurations marked as large: those step with the
 widths, depths and batches of ``SMALL``, their grids and all else as they are.
 """
 

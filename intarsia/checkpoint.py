@@ -37,6 +37,15 @@ class CheckpointError(ValueError):
     """A checkpoint that is damaged, or that could not be written; names the file."""
 
 
+class UnreadableError(CheckpointError):
+    """A file that is there and cannot be read just now: no reason to take the checkpoint for damaged."""
+
+
+def _why_not_read(file: Path, error: OSError) -> CheckpointError:
+    kind = CheckpointError if isinstance(error, FileNotFoundError | NotADirectoryError) else UnreadableError
+    return kind(f"{file}: cannot be read: {error.strerror}")
+
+
 def _version() -> str:
     try:
         return metadata.version("intarsia")
@@ -159,7 +168,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
                 while chunk := stream.read(_CHUNK):
                     digest.update(chunk)
         except OSError as error:
-            raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+            raise _why_not_read(file, error) from None
         if digest.hexdigest() != facts["sha256"]:
             raise CheckpointError(f"{file}: damaged: sha256 is {digest.hexdigest()}; the manifest says {facts['sha256']}")
     return body
@@ -175,7 +184,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
                 raise CheckpointError(f"{file}: damaged: it is of step {body['step']}")
             return body
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+        raise _why_not_read(file, error) from None
     except (ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -202,11 +211,21 @@ def load_checkpoint(path: Path) -> tuple[int, dict[str, dict[str, Tensor]], dict
 
 
 def newest_valid(folder: Path, warn: Callable[[str], None] = lambda line: None) -> Path | None:
-    """The newest checkpoint in ``folder`` that is whole; ``warn`` is told of each damaged one that is passed over."""
-    for path in reversed(checkpoints(folder)):
+    """The newest checkpoint in ``folder`` that is whole, None where there are none; ``warn`` is told of each that is passed over.
+
+    Raises:
+        CheckpointError: where there are some and none is whole: a run that began anew would delete them.
+        UnreadableError: where one newer than the newest whole one cannot be read: falling back would delete it.
+    """
+    found = checkpoints(folder)
+    for path in reversed(found):
         try:
             verify_checkpoint(path)
+        except UnreadableError:
+            raise
         except CheckpointError as error:
+            if path == found[0]:
+                raise CheckpointError(f"{error}; no whole checkpoint is left in {folder}; move them away to begin anew") from None
             warn(f"{error}; falling back to an older checkpoint")
             continue
         return path

@@ -59,6 +59,8 @@ class _Cursor:
             return _Cursor(self.node[self.item(key)], self.cls, None, self.path)
         _, default, cls = self.child(key)
         if not isinstance(self.node.get(key), dict | list):
+            if (whole := self.node.get(key)) is not None:
+                raise ConfigError([f"--{self.path}: {key!r} is {whole!r} as a whole already; give it whole, or all its parts"])
             self.node[key] = copy.deepcopy(default) if isinstance(default, list) else {}
         return _Cursor(self.node[key], cls, default, self.path)
 
@@ -73,12 +75,17 @@ def _defaults(cls: type[Config] | None) -> dict[str, Any]:
 
 
 def apply_flags(cls: type[Config], tree: dict[str, Any], flags: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Edits the raw tree, ``type`` first; changing a type starts from that type's defaults. Raises ConfigError."""
+    """Edits the raw tree, ``type`` first; changing a type starts from that type's defaults.
+
+    Raises:
+        ConfigError: for a path that leads nowhere, and where a part is set of what has a plain value, in either order.
+    """
 
     def order(flag: tuple[str, str]) -> tuple[bool, int]:
         keys = flag[0].split(".")
         return (keys[-1] != "type", len(keys) if keys[-1] == "type" else 0)
 
+    parts: dict[str, str] = {}  # what flags set the parts of
     for path, text in sorted(flags, key=order):
         *above, last = path.split(".")
         at = _Cursor(tree, cls, None, path)
@@ -91,7 +98,11 @@ def apply_flags(cls: type[Config], tree: dict[str, Any], flags: Sequence[tuple[s
         elif isinstance(at.node, dict):
             if last == "type" and at.node.get("type", text) != text:
                 at.node.clear()
-            at.node[last] = text if last == "type" else _value(text, at.child(last)[0], path)
+            value = text if last == "type" else _value(text, at.child(last)[0], path)
+            if path in parts:
+                raise ConfigError([f"--{parts[path]} and --{path} {text}: a part and the whole; give it whole, or all its parts"])
+            at.node[last] = value
         else:
             raise ConfigError([f"--{path}: {last!r} is no part of {at.node!r}"])
+        parts |= {".".join(above[: i + 1]): path for i in range(len(above))}
     return tree

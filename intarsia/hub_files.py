@@ -162,7 +162,7 @@ def push_folder(
             commit_message=commit_message or "Upload with intarsia",
             revision=revision,
         )
-    except (hf.HfHubHTTPError, hf.LocalTokenNotFoundError, network, ValueError) as error:
+    except (hf.HfHubHTTPError, network, OSError, ValueError) as error:  # OSError: no token, offline, a file that cannot be read
         raise HubError(f"{repo_id}: could not be published: {_line(error)}") from error
     return str(commit.oid)
 

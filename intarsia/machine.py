@@ -96,7 +96,7 @@ def pick_precision(config: RunConfig, device: torch.device) -> str:
         raise ConfigError(["precision: 'fp16' needs CUDA; on this device expected one of auto, fp32, bf16, fp64"])
     if config.precision != "auto":
         return config.precision
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_computes_bf16()
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_computes_bf16()
     return "bf16" if fast else "fp32"
 
 

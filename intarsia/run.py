@@ -101,8 +101,8 @@ class Run(RunFolder):
             extra: further modules whose state belongs into checkpoints.
 
         Raises:
-            CheckpointError: where the one of --resume is damaged. ConfigError: where it is of another configuration.
-            ValueError: where it does not fit the module.
+            CheckpointError: where the one of --resume is damaged. RunError: where there are some and none is whole.
+            ConfigError: where it is of another configuration. ValueError: where it does not fit the module.
         """
         self._state.extra = dict(extra or {})
         path = Path(self.flags.resume) if self.flags.resume else self._newest()

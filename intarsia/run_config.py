@@ -46,7 +46,7 @@ class LogConfig(Config):
     keep: Place[Positive] = 2
     """How many checkpoints are kept."""
     pictures_every: Place[NotNegative] = 500
-    """Steps between pictures; there is one at the end, too."""
+    """Steps between pictures of a tokenizer's training; there is one at the end, too. That of a prior draws none."""
     trackers: Place[tuple[Literal["wandb", "tensorboard"], ...]] = ()
     """Where metrics go besides metrics.jsonl."""
     patience: Budget[NotNegative] = 0
@@ -79,7 +79,8 @@ class RunConfig(Config):
     max_bad_steps: Place[NotNegative] = 0
     """Steps in a row with NaN or inf that are skipped before the run ends; 0 = the first one ends it."""
     deterministic: Place[bool] = True
-    """On CUDA: deterministic kernels, so that the same command gives the same bits."""
+    """On CUDA: deterministic kernels, so that the same command gives the same bits. An operation that has none warns: among them is
+    the backward pass of torch's fused attention, which priors of transformers and PixelCNN's attention use."""
     timeout: Place[Annotated[float, Field(gt=0)]] = 300.0
     """Seconds after which a process that waits for another, or for a batch, gives up."""
     optim: OptimConfig = OptimConfig()

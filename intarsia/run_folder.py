@@ -81,8 +81,11 @@ class RunFolder:
 
     def _newest(self) -> Path | None:
         """Rank 0 chooses; -1 stands for none."""
-        found = newest_valid(self.checkpoints, self.say) if self.is_main else None
-        step = int(comm.broadcast_(torch.tensor(int(found.name[5:]) if found else -1, device=self.device)))
+        step = -1
+        with on_main("checkpoints", comm, self.device):
+            if self.is_main and (found := newest_valid(self.checkpoints, self.say)):
+                step = int(found.name[5:])
+        step = int(comm.broadcast_(torch.tensor(step, device=self.device)))
         return self.checkpoints / f"step-{step:08d}" if step >= 0 else None
 
     def _circumstances(self) -> dict[str, Any]:

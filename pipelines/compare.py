@@ -26,6 +26,7 @@ from pipelines.evaluation.settings import (
     check_fit,
     check_script,
     choose_reference,
+    data_name,
     load_pipeline,
     measure_reference,
     measure_samples,
@@ -122,6 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     names = named(config.pipelines)
     device = device_of(config.device)
     source = SOURCES.build(config.data)
+    print(f"data: {data_name(config.data)}", flush=True)
     model = load_features(config.features, source.signal, device)
     pipelines = {name: load_pipeline(name, device) for name in names}
     if flags.check or flags.dry_run:

@@ -30,6 +30,7 @@ from intarsia.metrics_log import read_metrics
 from pipelines.pace import pace, ratio
 from pipelines.quantizer_report import curve, report
 from stage1_tokenizer.quantizers.base import QuantizerConfig
+from stage1_tokenizer.run_data import run_data
 
 PROGRAM = "python -m pipelines.compare_quantizers"
 
@@ -163,11 +164,11 @@ class Comparison:
         result, run = self.result(entry.name), str(self.out / entry.name / "tokenizer")
         if "tokenizer" in result:
             return
-        seconds = self.train_tokenizer(entry)
+        result["seconds"] = result.get("seconds", 0.0) + self.train_tokenizer(entry)
+        self.save(result)
         out = f"{run}/evaluation/{self.config.split}"
         self.run(entry.name, ["stage1_tokenizer.evaluate", "--tokenizer", run, "--split", self.config.split, "--out", out])
         found = read_json(Path(out) / "evaluation.json", UserError)
-        result["seconds"] = result.get("seconds", 0.0) + seconds
         result["tokenizer"] = {"reconstruction": found["reconstruction"], "codes": found["codes"], "prefixes": found.get("prefixes", [])}
         validated = [line["validation/psnr"] for line in read_metrics(Path(run) / "metrics.jsonl") if "validation/psnr" in line]
         result["validation_psnr"] = validated[-1] if validated else None
@@ -194,11 +195,11 @@ class Comparison:
         tokenizer, run, pipeline, out = (str(folder / part) for part in ("tokenizer", "prior", "pipeline", "evaluation"))
         seconds = self.run(name, [*self.prior_training(entry), "--run", run, "--steps", str(result["prior_steps"])])
         result["prior_seconds"] = result.get("prior_seconds", 0.0) + seconds
+        self.save(result)
         self.run(name, ["pipelines.assemble", "--tokenizer", tokenizer, "--priors", run, "--out", pipeline])
-        data = read_run_data(Path(tokenizer))
         features = ["--features", self.config.features] if self.config.features else []
         evaluation = ["--split", self.config.split, "--n", str(self.config.samples), "--out", out, *features]
-        self.run(name, ["pipelines.evaluate", "--pipeline", pipeline, f"--data={data}", *evaluation])
+        self.run(name, ["pipelines.evaluate", "--pipeline", pipeline, f"--data={run_data(Path(tokenizer))}", *evaluation])
         found = read_json(Path(out) / "evaluation.json", UserError, 1 << 24)
         result["prior"] = {"bits": found["bits"], "samples": found["samples"]}
         self.save(result)
@@ -234,11 +235,6 @@ class Comparison:
         if None in quality.values():
             quality = {name: result["tokenizer"]["reconstruction"]["psnr"] for name, result in results.items()}
         return sorted(ranked, key=lambda entry: -quality[entry.name])[: self.config.best]
-
-
-def read_run_data(run: Path) -> str:
-    """The data of a tokenizer's run, as a flag takes it."""
-    return yaml_io.dump(yaml_io.load((run / "config.yaml").read_text())["data"])
 
 
 def compare(config: CompareConfig, flags: Flags) -> None:

@@ -33,12 +33,13 @@ from pipelines.evaluation.settings import (
     check_fit,
     check_script,
     choose_reference,
+    data_name,
     load_pipeline,
     measure_reference,
     measure_samples,
 )
 from pipelines.evaluation.timing import TIMING, timing
-from pipelines.options import plain_options
+from pipelines.options import merged_options
 from pipelines.sample import device_of
 from pipelines.sampling_config import ALIASES
 from pipelines.two_stage import TwoStagePipeline
@@ -123,7 +124,7 @@ def evaluate_pipeline(pipeline: TwoStagePipeline, source: Source, model: Feature
         "reference": config.reference,
         "seed": config.seed,
         "balanced": balanced,
-        "sampling": pipeline.defaults | plain_options(config.sampling.given()),
+        "sampling": merged_options(pipeline.priors, pipeline.defaults, config.sampling.given()),
         "reconstruction": held.reconstruction.compute(),
         "codes": {name: [asdict(level) for level in counts.compute()] for name, counts in usage.items()},
         "bits": bits_report(pipeline, baseline, held.codes, held.labels, config.bootstrap, config.seed),
@@ -185,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     pipeline = load_pipeline(config.pipeline, device)
     model = load_features(config.features, source.signal, device)
     check_fit(pipeline, source)
-    print(f"{pipeline}; features: {model.name}", flush=True)
+    print(f"{pipeline}; features: {model.name}; data: {data_name(config.data)}", flush=True)
     if flags.check or flags.dry_run:
         return
     out.mkdir(parents=True, exist_ok=True)  # what cannot be written to is said before the work

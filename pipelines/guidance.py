@@ -26,10 +26,12 @@ from pipelines.evaluation.settings import (
     check_fit,
     check_script,
     choose_reference,
+    data_name,
     load_pipeline,
     measure_reference,
     measure_samples,
 )
+from pipelines.options import merged_options
 from pipelines.sample import device_of
 from pipelines.sampling_config import ALIASES
 from pipelines.two_stage import TwoStagePipeline
@@ -63,7 +65,7 @@ def heading(pipeline: TwoStagePipeline, source: Source, model: FeatureModel, con
         "k": config.k,
         "seed": config.seed,
         "balanced": chosen.balanced,
-        "sampling": pipeline.defaults | config.sampling.given(),
+        "sampling": merged_options(pipeline.priors, pipeline.defaults, config.sampling.given()),
         "bootstrap": {"replicates": config.bootstrap, "level": LEVEL},
     }
 
@@ -157,6 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(["sampling.guidance: --values says which strengths are measured"])
     device = device_of(config.device)
     source = SOURCES.build(config.data)
+    print(f"data: {data_name(config.data)}", flush=True)
     pipeline = load_pipeline(config.pipeline, device)
     model = load_features(config.features, source.signal, device)
     check_fit(pipeline, source)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,11 +53,13 @@ def label_tensor(label: Any, n: int, classes: Sequence[str]) -> Tensor:
     """``label`` as class indices: () int64 for one label for all, (n,) int64 for one per sample.
 
     Args:
-        label: an index, a class name, a sequence of ``n`` of those, or an integer tensor or array of shape () or (n,).
+        label: an index, a class name, a sequence or array of ``n`` of those, or an integer tensor or array of shape () or (n,).
 
     Raises:
         ValueError: naming ``label``, with what came and what is allowed.
     """
+    if isinstance(label, np.ndarray) and label.dtype.kind in "USO":  # names
+        label = label.tolist()
     if isinstance(label, str | Integral):
         return torch.tensor(class_index(label, classes))
     if hasattr(label, "__array__"):  # tensors and numpy arrays

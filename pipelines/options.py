@@ -68,6 +68,24 @@ def route_options(priors: Sequence[Prior], *layers: Mapping[str, Any]) -> Routed
     return routed
 
 
+def merged_options(priors: Sequence[Prior], *layers: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``layers`` come to, as JSON holds it: one value where all levels that have the option agree, else {name of a level: value}.
+
+    Raises ValueError as ``route_options`` does.
+    """
+    merged: dict[str, dict[str, Any]] = {}
+    for own in route_options(priors, *layers):
+        for name, values in plain_options(own).items():
+            merged.setdefault(name, {}).update(values)
+
+    def shortest(name: str, values: dict[str, Any]) -> Any:
+        having = {level.name for prior in priors if name in option_names(prior) and _takes(name, prior, priors) for level in prior.own}
+        first = next(iter(values.values()))
+        return first if set(values) == having and all(value == first for value in values.values()) else values
+
+    return {name: shortest(name, values) for name, values in merged.items()}
+
+
 def _is_schedule(name: str, value: Mapping[str, Any], levels: Mapping[str, int]) -> bool:
     return name == "guidance" and any(key in SCHEDULE and key not in levels for key in value)
 

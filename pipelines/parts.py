@@ -130,4 +130,7 @@ class PipelineParts:
     def _checked(self, n: Any, first: Any, seed: int | None, batch_size: int | None, **arguments: Any) -> Request:
         """The request, without labels; ``last_seed`` becomes its seed once all is checked: see ``checked_request``."""
         size = max(self.micro_batch, self.tokenizer.config.micro_batch) if batch_size is None else batch_size
-        return checked_request(self.priors, n, first=first, seed=seed, batch_size=size, defaults=self.defaults, **arguments)
+        defaults = self.defaults
+        if not arguments.get("labelled", True):  # no label to be guided to
+            defaults = {name: value for name, value in defaults.items() if name != "guidance"}
+        return checked_request(self.priors, n, first=first, seed=seed, batch_size=size, defaults=defaults, **arguments)

@@ -18,10 +18,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from intarsia.cli import Flags, parse, run_main
+from intarsia.cli import Flags, UserError, parse, run_main
 from intarsia.config import Config, Place
 from intarsia.files import json_bytes, write_atomic
 from intarsia.machine import check_folder
+from stage1_tokenizer.run_data import run_data
 
 PROGRAM = "python -m pipelines.quickstart"
 
@@ -84,9 +85,17 @@ def gather(run: Path, seconds: dict[str, float]) -> None:
 
 def quickstart(config: QuickstartConfig, flags: Flags) -> None:
     """Runs all stages, or what is left of them."""
+    if flags.resume is not None or flags.allow_low_space:
+        raise UserError("--resume, --allow_low_space: the quickstart has no use for them; the same command goes on where it was")
+    if flags.check or flags.dry_run:
+        for name, arguments in stages(config, flags.max_steps):
+            print(f"[{name}] python -m {shlex.join(arguments)}")
+        return
     run = check_folder(config.run)
     seconds: dict[str, float] = {}
     for name, arguments in stages(config, flags.max_steps):
+        if name == "samples":
+            arguments = [*arguments, f"--data={run_data(run / 'tokenizer')}"]
         start = time.monotonic()
         run_stage(name, arguments)
         seconds[name] = round(time.monotonic() - start, 1)

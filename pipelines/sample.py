@@ -90,6 +90,11 @@ def turns(text: str, classes: tuple[str, ...]) -> list[int] | None:
     return [index(word.strip()) for word in text.split(",")]
 
 
+def _holds_files(folder: Path) -> bool:
+    """Any but what a writer left that was killed before its plan was there."""
+    return any(not path.name.startswith(".tmp-") for path in folder.iterdir())
+
+
 def checked_out(out: str) -> Path:
     """The path to write to. Raises UserError naming ``out`` where that cannot be."""
     path = Path(out)
@@ -98,7 +103,7 @@ def checked_out(out: str) -> Path:
         raise UserError(f"out: {out} is a folder; expected a file, or a folder of another name")
     if not is_file and path.suffix and not path.is_dir() and not out.endswith("/"):
         raise UserError(f"out: {out!r} ends with {path.suffix!r}; expected .png, .npz, or a folder ({out}/)")
-    if not is_file and path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / PLAN).exists())):
+    if not is_file and path.exists() and (not path.is_dir() or (_holds_files(path) and not (path / PLAN).exists())):
         found = "a folder that holds files already" if path.is_dir() else "a file"
         raise UserError(f"out: {out} is {found}; expected a new or empty folder, or one of interrupted samples")
     above = next(p for p in (path if path.is_dir() else path.absolute().parent, *path.absolute().parents) if p.exists())

@@ -36,7 +36,7 @@ class SetPlan:
     Attributes:
         n, first: samples ``first`` to ``first + n - 1``.
         seed: None for that of the folder's plan, or a fresh one.
-        label: the classes that are dealt in turn; None for classes drawn by the training frequencies.
+        label: the classes that are dealt in turn, sample 0 having the first; None for classes drawn by the training frequencies.
         options: sampling options of the call.
         kind: a PNG per sample, or a .npz file per shard.
         shard: samples per shard.
@@ -72,7 +72,7 @@ class SetPlan:
 
     def labels(self, start: int, n: int) -> list[int] | None:
         """The classes of samples ``start`` to ``start + n - 1``, where they are given."""
-        return None if self.label is None else [self.label[(i - self.first) % len(self.label)] for i in range(start, start + n)]
+        return None if self.label is None else [self.label[i % len(self.label)] for i in range(start, start + n)]
 
 
 def agreed_seed(folder: Path, plan: SetPlan, tree: dict[str, Any]) -> int:

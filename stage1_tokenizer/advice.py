@@ -25,8 +25,10 @@ class LevelFacts:
     Attributes:
         name, vocab, positions: of the level.
         seen: how many codes were looked at; used: how many different ones occurred; perplexity, entropy_bits: of their frequencies.
+        table_used: how many codes of its codebook occurred, in all levels that share it; None where an earlier level has it.
         position_bits: (min, mean, max) entropy of a position.
-        variance: of the latents, mean over dimensions; error: mean squared difference to the codes' vectors.
+        variance: of the latents as they are compared with the codes, mean over dimensions; error: mean squared difference to the
+            codes' vectors.
         twins: how many used codes have another one next to them; None where vectors were not compared.
         swap_cost: dB; None for a single level.
     """
@@ -36,6 +38,7 @@ class LevelFacts:
     positions: int
     seen: int
     used: int
+    table_used: int | None
     perplexity: float
     entropy_bits: float
     position_bits: tuple[float, float, float]
@@ -57,8 +60,8 @@ def level_findings(facts: LevelFacts) -> list[Finding]:
     """What is wrong with one level, worst first."""
     found = []
     where, ratio = f"level {facts.name}", facts.error / max(facts.variance, 1e-12)
-    if facts.used < LOW_USAGE * min(facts.vocab, facts.seen):
-        found.append(Finding(f"{where}: collapse, {facts.used} of {facts.vocab} codes are used", COLLAPSE))
+    if facts.table_used is not None and facts.table_used < LOW_USAGE * min(facts.vocab, facts.seen):
+        found.append(Finding(f"{where}: collapse, {facts.table_used} of {facts.vocab} codes are used", COLLAPSE))
     elif facts.perplexity < FEW_CODES * facts.used:
         shown = f"{where}: perplexity {facts.perplexity:.0f} of {facts.used} used codes: a few codes do nearly all the work"
         found.append(Finding(shown, "fine where the data have much empty background or a rate is set; else beta: 0.1, or fewer codes"))

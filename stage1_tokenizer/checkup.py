@@ -21,10 +21,12 @@ from stage1_tokenizer.symptoms import (
     look,
     nearest_pairs,
     rate_distortion,
+    share_tables,
 )
 from stage1_tokenizer.tokenizers.base import Tokenizer
 
 BATCH, CURVE, GRADIENT_BATCH, PAIRS = 256, 512, 64, 5
+MOST_COUNTED = 1 << 28  # codes times positions of a level: 2 GB
 
 
 @dataclass(frozen=True)
@@ -55,24 +57,32 @@ def examine(tokenizer: Tokenizer, objective: Objective, split: Split, samples: i
 
     Args:
         samples: as in ``DoctorConfig``.
+
+    Raises:
+        ValueError: for a vocabulary whose use by position would not fit into memory.
     """
     was_training = tokenizer.training
     tokenizer.eval()
     n = len(split) if samples == 0 else min(samples, len(split))
     rows = torch.linspace(0, len(split) - 1, n).round().long().unique()
     levels = tokenizer.level_specs()
+    for level in levels:
+        if level.vocab * level.positions > MOST_COUNTED:
+            counted = f"{level.vocab} codes at {level.positions} positions are more than the {MOST_COUNTED} that are counted"
+            raise ValueError(f"level {level.name}: {counted}")
     counts = [torch.zeros(level.vocab, level.positions, dtype=torch.int64) for level in levels]
     sums = [LatentSums() for _ in levels]
     for part in rows.split(BATCH):
-        look(tokenizer, split.batch(part)["x"].to(tokenizer.device), counts, sums)
+        look(tokenizer, split.batch(part)["x"].to(tokenizer.device, tokenizer.dtype), counts, sums)
     shown = rows[torch.linspace(0, len(rows) - 1, min(CURVE, len(rows))).round().long().unique()]
-    x = split.batch(shown)["x"].to(tokenizer.device)
+    x = split.batch(shown)["x"].to(tokenizer.device, tokenizer.dtype)
     quantizers = level_quantizers(tokenizer, x)
     swaps = _swap_costs(tokenizer, x)
 
     facts, pairs = [], []
+    tables = share_tables([(count.sum(1), quantizer) for count, quantizer in zip(counts, quantizers, strict=True)])
     for i, (level, count, total, quantizer) in enumerate(zip(levels, counts, sums, quantizers, strict=True)):
-        use = count.sum(1)
+        use, table = tables[i]
         statistics, by_position = code_statistics(use, level), entropy_bits(count)
         vectors = code_vectors(quantizer, level)
         nearest: list[tuple[int, int, float]] = []
@@ -89,6 +99,7 @@ def examine(tokenizer: Tokenizer, objective: Objective, split: Split, samples: i
                 positions=level.positions,
                 seen=statistics.codes,
                 used=statistics.used,
+                table_used=None if table is None else int((table > 0).sum()),
                 perplexity=statistics.perplexity,
                 entropy_bits=statistics.entropy_bits,
                 position_bits=(float(by_position.min()), float(by_position.mean()), float(by_position.max())),

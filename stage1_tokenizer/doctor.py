@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -45,7 +45,7 @@ class DoctorConfig(Config):
     """So many samples, evenly spaced over the split; 0 = all."""
     out: Place[str | None] = None
     """The folder for doctor.png and doctor.json; ``doctor/`` in the run folder where it is not given."""
-    device: Place[str] = "auto"
+    device: Place[Literal["auto", "cpu", "cuda"]] = "auto"
     """auto: CUDA where there is one."""
 
 

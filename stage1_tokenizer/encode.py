@@ -185,6 +185,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(["--max_steps, --resume: a dump has no steps; the same command again completes it"])
     if config.data is None:
         raise ConfigError([f"data: {config.tokenizer} has no config.yaml of a run; say --data.type {'|'.join(SOURCES.names())}"])
+    if config.views > 1 and not config.data.transform.augments:
+        raise ConfigError([f"views: {config.views} of data that are not augmented would be alike; set data.transform.flip, shift or crop"])
     device = start(config.device, config.timeout)
     tokenizer = Tokenizer.from_pretrained(release_folder(config.tokenizer))
     source = SOURCES.build(config.data)

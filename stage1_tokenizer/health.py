@@ -15,7 +15,7 @@ from intarsia.distributed import Comm
 from stage1_tokenizer.advice import COLLAPSE
 from stage1_tokenizer.metrics import code_statistics
 from stage1_tokenizer.quantizers.base import Quantizer
-from stage1_tokenizer.symptoms import LARGEST_CODEBOOK, code_vectors, level_quantizers
+from stage1_tokenizer.symptoms import LARGEST_CODEBOOK, LARGEST_TABLE, code_vectors, level_quantizers, share_tables
 from stage1_tokenizer.tokenizers.base import Tokenizer
 
 
@@ -35,7 +35,7 @@ class HealthConfig(Config):
 
 class Health(nn.Module):
     """Counts the codes of every level between two looks. Its state belongs into checkpoints; nothing of it waits for a device
-    but a look.
+    but a look. A level of more than ``LARGEST_TABLE`` codes is not watched: a table of all of them would be larger than most models.
 
     Attributes:
         stage: () int64, how many remedies were applied to each level.
@@ -48,7 +48,9 @@ class Health(nn.Module):
         self.config = config
         self.levels = tokenizer.level_specs()
         self.register_buffer("stage", torch.zeros(len(self.levels), dtype=torch.int64))
-        for i, level in enumerate(self.levels):
+        self.watched = [i for i, level in enumerate(self.levels) if level.vocab <= LARGEST_TABLE]
+        for i in self.watched:
+            level = self.levels[i]
             self.register_buffer(f"counts_{i}", torch.zeros(level.vocab, dtype=torch.int64))  # of all ranks, as of the last fold
             self.register_buffer(f"local_{i}", torch.zeros(level.vocab, dtype=torch.int64), persistent=False)
             if level.vocab <= LARGEST_CODEBOOK:
@@ -61,7 +63,7 @@ class Health(nn.Module):
 
     def fold(self, comm: Comm) -> None:
         """Makes the counts those of all ranks, as a checkpoint wants its state. Each rank calls it."""
-        for i in range(len(self.levels)):
+        for i in self.watched:
             local = self._buffer("local", i)
             self._buffer("counts", i).add_(comm.all_reduce_sum_(local.clone()))
             local.zero_()
@@ -69,8 +71,8 @@ class Health(nn.Module):
     @torch.no_grad()
     def count(self, codes: Sequence[Tensor]) -> None:
         """codes: (B, *grid) int64 of each level, of a micro-batch that counts."""
-        for i, c in enumerate(codes):
-            flat = c.flatten()
+        for i in self.watched:
+            flat = codes[i].flatten()
             self._buffer("local", i).index_add_(0, flat, torch.ones_like(flat))
 
     def due(self, step: int) -> bool:
@@ -97,21 +99,24 @@ class Health(nn.Module):
         figures: dict[str, Tensor] = {}
         collapsed: list[tuple[int, str]] = []
         self.fold(comm)
-        for i, (level, quantizer) in enumerate(zip(self.levels, quantizers, strict=True)):
-            counts = self._buffer("counts", i).clone()
+        tables = share_tables([(self._buffer("counts", i).clone(), quantizers[i]) for i in self.watched])
+        for i, (counts, table) in zip(self.watched, tables, strict=True):
+            level, quantizer = self.levels[i], quantizers[i]
             self._buffer("counts", i).zero_()
             suffix = f"/{level.name}" if len(self.levels) > 1 else ""
             if counts.sum() == 0:
                 continue
             found = code_statistics(counts, level)
             open_codes = quantizer.codes_in_use(level.vocab)
-            reachable = min(open_codes, found.codes)
             facts = {"usage": found.used / open_codes, "perplexity": found.perplexity, "dead": open_codes - found.used}
             drift = self._drift(i, quantizer)
             facts |= {} if drift is None else {"drift": drift}
             figures |= {f"health/{name}{suffix}": torch.tensor(float(value)) for name, value in facts.items()}
-            if found.used < self.config.usage * reachable:
-                collapsed.append((i, f"level {level.name}: {found.used} of {open_codes} codes used in the last {self.config.every} steps"))
+            if table is None:  # judged with the first level of this codebook
+                continue
+            used, seen = int((table > 0).sum()), int(table.sum())
+            if used < self.config.usage * min(open_codes, seen):
+                collapsed.append((i, f"level {level.name}: {used} of {open_codes} codes used in the last {self.config.every} steps"))
         if collapsed:
             self._act(collapsed, quantizers, reinitialize, say)
         return figures
@@ -158,7 +163,7 @@ class Health(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """The vectors of the last look have the size of the codebook, or none before the first look."""
-        for i in range(len(self.levels)):
+        for i in self.watched:
             if (saved := state_dict.get(f"{prefix}vectors_{i}")) is not None:
                 setattr(self, f"vectors_{i}", torch.zeros_like(saved, device=self.stage.device))
         super()._load_from_state_dict(state_dict, prefix, *args)

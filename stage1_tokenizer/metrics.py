@@ -19,6 +19,7 @@ from intarsia.specs import LevelSpec
 
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
+MAX_PSNR = 100.0  # dB; of a sample without error, for which the formula has infinity, and one such sample would be all that a mean says
 
 
 def unit(x: Tensor) -> Tensor:
@@ -40,12 +41,16 @@ def squared_error(x: Tensor, y: Tensor) -> Tensor:
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """(B,) float64 in dB: 10 log10(MAX^2 / MSE) with MAX = 1; inf where the two are equal.
+    """(B,) float64 in dB: 10 log10(MAX^2 / MSE) with MAX = 1, at most ``MAX_PSNR``.
 
     Args:
         x, y: (B, C, *axes) in [0, 1], any number of axes.
     """
-    return -10 * torch.log10(squared_error(x, y))
+    return _decibels(squared_error(x, y))
+
+
+def _decibels(mse: Tensor) -> Tensor:
+    return (-10 * torch.log10(mse)).clamp(max=MAX_PSNR)
 
 
 def _blur(x: Tensor) -> Tensor:
@@ -90,7 +95,7 @@ class ReconstructionMetrics:
     """PSNR and SSIM over any number of batches. SSIM stands for images of at least 11 pixels a side, otherwise it is left out.
 
     Attributes:
-        sums: (5,) float64: samples, squared errors, finite PSNRs, samples with a finite PSNR, SSIMs.
+        sums: (5,) float64: samples, squared errors, PSNRs, samples without error, SSIMs.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -100,11 +105,9 @@ class ReconstructionMetrics:
     def update(self, x: Tensor, y: Tensor) -> None:
         """x, y: originals and reconstructions, (B, C, *axes) in [0, 1]."""
         mse = squared_error(x, y)
-        finite = mse > 0
-        decibels = torch.where(finite, -10 * torch.log10(torch.where(finite, mse, 1.0)), 0.0)
         self.has_ssim = x.ndim == 4 and min(x.shape[2:]) >= SSIM_WINDOW
         similarity = ssim(x, y) if self.has_ssim else torch.zeros_like(mse)
-        parts = [torch.ones_like(mse), mse, decibels, finite.double(), similarity]
+        parts = [torch.ones_like(mse), mse, _decibels(mse), (mse == 0).double(), similarity]
         self.sums += torch.stack([part.sum() for part in parts]).to(self.sums.device)
 
     def merge(self, other: Self) -> Self:
@@ -123,18 +126,18 @@ class ReconstructionMetrics:
     def compute(self) -> dict[str, Any]:
         """The figures of all samples.
 
-        ``samples``; ``psnr``: mean per sample, inf where any was exact; ``psnr_pooled``: of the mean error; ``mse``; ``exact``:
-        samples without any error; for images ``ssim``.
+        ``samples``; ``psnr``: mean per sample, of at most ``MAX_PSNR`` each; ``psnr_pooled``: of the mean error, likewise;
+        ``mse``; ``exact``: samples without any error; for images ``ssim``.
         """
-        count, mse, decibels, finite, similarity = self.sums.tolist()
+        count, mse, decibels, exact, similarity = self.sums.tolist()
         if count == 0:
             raise ValueError("metrics: no samples were given")
         figures = {
             "samples": int(count),
-            "psnr": decibels / count if finite == count else math.inf,
-            "psnr_pooled": -10 * math.log10(mse / count) if mse > 0 else math.inf,
+            "psnr": decibels / count,
+            "psnr_pooled": float(_decibels(self.sums[1] / count)),
             "mse": mse / count,
-            "exact": int(count - finite),
+            "exact": int(exact),
         }
         return figures | ({"ssim": similarity / count} if self.has_ssim else {})
 

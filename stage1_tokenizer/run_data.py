@@ -8,6 +8,11 @@ from intarsia import yaml_io
 from intarsia.cli import load_tree
 
 
+def run_data(folder: Path) -> str:
+    """The data of the run in ``folder``, as a flag takes it."""
+    return yaml_io.dump(load_tree(str(folder / "config.yaml"))["data"])
+
+
 def with_run_data(argv: list[str]) -> list[str]:
     """``argv`` with a ``--data`` in front that holds the data of the run which ``--tokenizer`` names (a run folder or its ``model/``).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,12 +19,13 @@ from stage1_tokenizer.quantizers.base import Quantizer
 from stage1_tokenizer.tokenizers.base import Tokenizer
 
 LARGEST_CODEBOOK = 16384  # vectors that are compared with each other
+LARGEST_TABLE = 1 << 22  # codes that are counted one by one during training
 ROWS = 1024
 
 
 @dataclass
 class LatentSums:
-    """Sums over the latents of one level: (D,) each, float64."""
+    """Sums over the latents of one level, as they are compared with the codes: (D,) each, float64."""
 
     count: float = 0.0
     mean: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -58,7 +60,7 @@ def look(tokenizer: Tokenizer, x: Tensor, counts: Sequence[Tensor], sums: Sequen
         place = torch.arange(codes.shape[1], device=codes.device).expand_as(codes)
         flat = torch.bincount((codes * codes.shape[1] + place).flatten(), minlength=count.numel())
         count += flat.view_as(count).cpu()
-        total.add(call.z, call.out.z)
+        total.add(call.quantizer.compared(call.z), call.out.z)
 
 
 def entropy_bits(counts: Tensor) -> Tensor:
@@ -71,8 +73,24 @@ def code_vectors(quantizer: Quantizer, level: LevelSpec) -> Tensor | None:
     """(vocab, D) what the codes of an innermost quantiser stand for; None where there are too many to compare."""
     if level.vocab > LARGEST_CODEBOOK:
         return None
-    codes = torch.arange(level.vocab, device=next(iter(quantizer.state_dict().values()), torch.zeros(0)).device)
+    held = itertools.chain(quantizer.parameters(), quantizer.buffers(), [torch.zeros(0)])  # buffers of FSQ are in no state_dict
+    codes = torch.arange(level.vocab, device=next(held).device)
     return quantizer.decode((codes[:, None],))[:, :, 0].detach()
+
+
+def share_tables(levels: Sequence[tuple[Tensor, Quantizer]]) -> list[tuple[Tensor, Tensor | None]]:
+    """Counts of levels by codebook: stages that share one use different parts of it.
+
+    Args:
+        levels: (vocab,) counts and innermost quantiser of each.
+
+    Returns:
+        for each level its counts, and those of its whole codebook: with the first level of the codebook, None with the others.
+    """
+    tables: dict[int, Tensor] = {}
+    for counts, quantizer in levels:
+        tables[id(quantizer)] = tables.get(id(quantizer), 0) + counts
+    return [(counts, tables.pop(id(quantizer), None)) for counts, quantizer in levels]
 
 
 def nearest_codes(vectors: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +137,7 @@ def rate_distortion(tokenizer: Tokenizer, x: Tensor, counts: Sequence[Tensor]) -
         for c, level in zip(given, levels, strict=False):
             bits += float(entropy_bits(torch.bincount(c.flatten(), minlength=level.vocab))) * level.positions
         quality = psnr(unit(x), unit(tokenizer.decode(list(given)).to(x.dtype)))
-        return {"kind": kind, "bits": bits, "psnr": float(quality[quality.isfinite()].mean())}
+        return {"kind": kind, "bits": bits, "psnr": float(quality.mean())}
 
     rows = [point("all", codes)]
     rows += [point(f"levels 0:{n}", codes[:n]) for n in tokenizer.prefixes() if n < len(levels)]

@@ -11,11 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stage2_prior.gated_conv import gate, gate_
-from stage2_prior.transformer import attend
+from stage2_prior.transformer import attend, attend_last
 
 
 @dataclass
@@ -92,6 +91,6 @@ class CausalAttention(nn.Module):
         memory.keys[:, :, place : place + 1] = k
         memory.values[:, :, place : place + 1] = v
         seen = memory.keys[:, :, : place + 1], memory.values[:, :, : place + 1]
-        heard = F.scaled_dot_product_attention(q.to(memory.keys.dtype), *seen)
+        heard = attend_last(q.to(memory.keys.dtype), *seen)
         mixed = heard.to(h.dtype).flatten(1) @ memory.mix
         return torch.addmm(h, gate_(mixed, *mixed.chunk(2, -1)), memory.out)

@@ -79,7 +79,8 @@ class UpperCodes(nn.Module):
         """``nearest_cells``, copied to the device once: a copy at every step would wait for it."""
         key = (coarse, fine, device)
         if key not in self._cells:
-            self._cells[key] = nearest_cells(coarse, fine).to(device)
+            with torch.inference_mode(False):  # it outlives the call, and training must be able to save it
+                self._cells[key] = nearest_cells(coarse, fine).to(device)
         return self._cells[key]
 
     def forward(self, upper: Sequence[Tensor]) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stage2_prior.arguments import whole
 from stage2_prior.masking import SCHEDULES, halton_order, remaining
-from stage2_prior.sampling import DrawOptions, draw
+from stage2_prior.sampling import DrawOptions, Guidance, draw
 
 ORDERS = ("confidence", "halton", "random", "raster")
 STEPS = 12
@@ -33,7 +33,8 @@ class MaskGITOptions(DrawOptions):
 
     Attributes:
         temperature: as in ``DrawOptions``; 0 takes the most probable codes, and no noise on the confidence.
-        guidance: a ``Guidance`` goes from the first step to the last.
+        guidance: a ``Guidance`` goes from the first step to the last, which is a sample's own: it has no more steps than unknown
+            positions.
         steps: forward passes, in [1, positions of the level]; None takes 12, or the number of positions where that is less.
         order: which positions a step reveals. "confidence": those whose drawn codes are most probable, after noise;
             "halton": evenly spread, the same for all samples; "random": any, drawn for each sample; "raster": row by row.
@@ -69,20 +70,32 @@ class MaskGITOptions(DrawOptions):
         """The steps of a level of so many positions."""
         return min(STEPS, positions) if self.steps is None else self.steps
 
+    def strengths(self, steps: int, own: Tensor) -> Tensor | None:
+        """(steps, B) float64: g of each step where samples have ``own`` (B,) steps each; None where it does not change."""
+        if not isinstance(self.guidance, Guidance):
+            return None
+        table = [[self.guidance.at(min(1.0, step / max(1, last))) for last in range(steps)] for step in range(steps)]
+        return torch.tensor(table, dtype=torch.float64, device=own.device)[:, own - 1]
+
+
+def own_steps(steps: int, keep: Tensor) -> Tensor:
+    """(B,) int64: the steps of each sample, one for each position outside of ``keep`` (B, N) bool, at most ``steps`` and at least 1."""
+    return (keep.shape[1] - keep.sum(1)).clamp(1, steps)
+
 
 @dataclass(frozen=True)
 class _Plan:
     """How many positions each step reveals.
 
     Attributes:
-        steps: how many are run; fewer than ``whole`` where no sample has that many unknown positions.
-        whole: how many the schedule and the annealing count.
-        left: (whole + 1, B or 1) on the device: how many are still masked after so many steps.
+        steps: how many are run; fewer than asked for where no sample has that many unknown positions.
+        own: (B or 1, 1) float64 on the device: how many of these are each sample's, which the annealing counts.
+        left: (steps asked for + 1, B or 1) on the device: how many are still masked after so many steps.
         most_left, most_shown: of each step, the most positions that are masked before it, and that it reveals, in any sample.
     """
 
     steps: int
-    whole: int
+    own: Tensor
     left: Tensor
     most_left: Sequence[int]
     most_shown: Sequence[int]
@@ -92,10 +105,12 @@ def _plan(schedule: str, steps: int, size: int, keep: Tensor | None, device: tor
     table = remaining(schedule, steps, size)
     most_left, most_shown = table.amax(1).tolist(), (table[:-1] - table[1:]).amax(1).tolist()
     if keep is None:
-        return _Plan(steps, steps, table[:, -1:].to(device), most_left, most_shown)
+        own = torch.full((1, 1), steps, dtype=torch.float64, device=device)
+        return _Plan(steps, own, table[:, -1:].to(device), most_left, most_shown)
     unknown = size - keep.sum(1)
     run = min(steps, int(unknown.max()))  # the one look at values: a sample's steps beyond these reveal nothing
-    return _Plan(run, steps, table.to(device)[:, unknown], most_left, most_shown)
+    own = own_steps(steps, keep).double()[:, None]
+    return _Plan(run, own, table.to(device)[:, unknown], most_left, most_shown)
 
 
 def _fixed_order(options: MaskGITOptions, shape: tuple[int, ...], keep: Tensor | None, numbers: Numbers, device: torch.device) -> Tensor:
@@ -158,8 +173,8 @@ def decode(
         where = where.expand(n, -1)
         if confident:
             score = _log_probability(logits, code)
-            anneal = noise * (1 - (step + 1) / plan.whole)
-            if anneal > 0:
+            if noise > 0 and step + 1 < plan.steps:
+                anneal = noise * (1 - (step + 1) / plan.own).clamp(min=0).to(score.dtype)
                 score = score - anneal * torch.log(-torch.log(numbers("confidence", where, step)))
             best = score.masked_fill(~live, -math.inf).argsort(dim=1, descending=True, stable=True)[:, : len(places)]
             where, code = where.gather(1, best), code.gather(1, best)

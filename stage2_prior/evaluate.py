@@ -28,7 +28,6 @@ from intarsia.specs import Cond
 from stage2_prior.priors.base import Prior
 
 PROGRAM = "python -m stage2_prior.evaluate"
-BATCH = 250  # samples at once
 
 
 class EvaluateConfig(Config):
@@ -62,7 +61,7 @@ def evaluate(prior: Prior, data: CodesDataset, *, condition: bool, comm: Comm = 
     length = sum(level.positions for level in prior.own)
     total = torch.zeros(length + 1, dtype=torch.float64, device=prior.device)  # nats of each position, and samples
     by_class = torch.zeros(classes, 2, dtype=torch.float64, device=prior.device)  # nats, and samples
-    for rows in list(padded_batches(len(data), BATCH))[comm.rank :: comm.world_size]:
+    for rows in list(padded_batches(len(data), prior.nll_rows))[comm.rank :: comm.world_size]:
         nll, label = _nll(prior, data, torch.arange(rows.start, rows.stop), condition)
         total += torch.cat([nll.sum(0), nll.new_full((1,), len(nll))])
         if label is not None and classes:

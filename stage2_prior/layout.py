@@ -27,7 +27,7 @@ class Layout:
             raise ValueError(f"prior.order: {order!r}; expected {' or '.join(ORDERS)}")
         shapes = [level.shape for level in levels]
         if order == "position" and len(set(shapes)) > 1:
-            raise ValueError(f"prior.order: 'position' needs levels of one shape; got {', '.join(map(str, shapes))}")
+            raise ValueError(f"prior.order: 'position' (rq has no other) needs levels of one shape; got {', '.join(map(str, shapes))}")
         if len({len(shape) for shape in shapes}) > 1:
             raise ValueError(f"prior.levels: levels of different numbers of axes, {', '.join(map(str, shapes))}, make no sequence")
         self.levels = tuple(levels)

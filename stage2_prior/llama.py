@@ -162,6 +162,8 @@ class LlamaTrunk(nn.Module):
         """As ``Transformer.forward``; ``keep`` must be None."""
         if keep is not None:
             raise ValueError(f"keep: {tuple(keep.shape)}; Llama's blocks have no dropout of branches, expected None")
+        if x.shape[0] == 0:  # transformers' views have no size to infer there
+            return x
         return self._run(x, rotary, _dynamic_cache())  # with a cache, since without one transformers looks at values: a host sync
 
     def cache(self, batch: int, capacity: int) -> LlamaCache:

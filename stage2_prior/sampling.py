@@ -22,6 +22,7 @@ def _number(name: str, value: Any) -> float:
 
 
 SHAPES = ("linear", "cosine")
+LEAST_TEMPERATURE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,12 @@ class Guidance:
         u = progress if self.shape == "linear" else (1 - math.cos(math.pi * progress)) / 2
         return self.start + (self.stop - self.start) * u
 
-
 @dataclass(frozen=True)
 class DrawOptions:
     """How one code is drawn.
 
     Attributes:
-        temperature: >= 0; logits are divided by it; 0 takes the most probable code.
+        temperature: 0 or at least 1e-6; logits are divided by it; 0 takes the most probable code.
         top_k: keep the k most probable codes (and those that tie with the last of them), in [1, vocab]; None keeps all.
         top_p: keep the smallest set of most probable codes whose mass is at least this, in (0, 1] (Holtzman et al. 2020,
             nucleus sampling), after top_k; None keeps all.
@@ -71,6 +71,8 @@ class DrawOptions:
     def __post_init__(self) -> None:
         if _number("temperature", self.temperature) < 0:
             raise ValueError(f"temperature: {self.temperature!r}; expected a number >= 0 (0 takes the most probable code)")
+        if 0 < self.temperature < LEAST_TEMPERATURE:  # logits divided by less would leave float32
+            raise ValueError(f"temperature: {self.temperature!r}; expected 0, or at least {LEAST_TEMPERATURE:g}")
         if self.top_k is not None and (isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1):
             raise ValueError(f"top_k: {self.top_k!r}; expected a whole number >= 1")
         if self.top_p is not None and not 0 < _number("top_p", self.top_p) <= 1:
@@ -132,11 +134,15 @@ def _schedule(value: Any) -> Any:
     return Guidance(**value)
 
 
-def guide(cond: Tensor, null: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans 2022) in logits: null + g (cond - null); exactly cond for g = 1."""
-    if guidance == 1:
-        return cond
-    return null + guidance * (cond - null)
+def guide(cond: Tensor, null: Tensor, guidance: float | Tensor) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans 2022) in logits: null + g (cond - null); exactly cond for g = 1.
+
+    Args:
+        guidance: g, or one for each row in a tensor that broadcasts.
+    """
+    if isinstance(guidance, Tensor):
+        return torch.where(guidance == 1, cond, null + guidance * (cond - null))
+    return cond if guidance == 1 else null + guidance * (cond - null)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:

@@ -29,7 +29,6 @@ from stage2_prior.priors.base import PRIORS, Prior, PriorConfig
 from stage2_prior.priors.gpt import GPTConfig
 
 PROGRAM = "python -m stage2_prior.train"
-VALIDATION_BATCH = 250  # samples at once
 CODES_FILE = "codes.json"  # in the run folder: which codes it trains on
 
 
@@ -91,7 +90,7 @@ def validate(run: Run, config: PriorTrainConfig, prior: Prior, held: CodesDatase
     levels = [level.positions for level in prior.own]
     total = torch.zeros(sum(levels) + 1, dtype=torch.float64, device=run.device)  # nats per position, and samples
     with torch.no_grad():
-        for batch in run.batches(held, VALIDATION_BATCH, config.validation_samples or None):
+        for batch in run.batches(held, prior.nll_rows, config.validation_samples or None):
             nll = prior.nll(*inputs(prior, batch), StepRng(config.seed, 0, batch["index"]))
             total[:-1] += nll.double().sum(0)
             total[-1] += len(nll)

@@ -85,6 +85,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return torch.softmax(scores, -1).to(v.dtype) @ v
 
 
+def attend_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``attend`` of one query, (B, heads, 1, dim), to all keys.
+
+    On a CPU with several threads torch's fused kernel rounds a row differently by its place in the batch (for some numbers of
+    keys); plain products do not.
+    """
+    if q.device.type != "cpu" or torch.get_num_threads() == 1:
+        return F.scaled_dot_product_attention(q, k, v)
+    return torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1) @ v
+
+
 class Attention(nn.Module):
     """Self-attention over the places of a sequence, queries, keys and values from one product; ``cached`` is the same for one
     stretch after another of a causal one."""
@@ -115,7 +126,8 @@ class Attention(nn.Module):
         cache.keys[layer, :, :, start:end] = k
         cache.values[layer, :, :, start:end] = v
         live = cache.keys[layer, :, :, :end], cache.values[layer, :, :, :end]
-        y = F.scaled_dot_product_attention(q.to(cache.keys.dtype), *live, is_causal=end - start > 1)
+        q = q.to(cache.keys.dtype)
+        y = attend_last(q, *live) if end - start == 1 else F.scaled_dot_product_attention(q, *live, is_causal=True)
         return out(y.to(v.dtype).transpose(1, 2).flatten(2))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -13,7 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from intarsia.checkpoint import CheckpointError, checkpoints, load_checkpoint, newest_valid, save_checkpoint, verify_checkpoint
+from intarsia.checkpoint import (
+    CheckpointError,
+    UnreadableError,
+    checkpoints,
+    load_checkpoint,
+    newest_valid,
+    save_checkpoint,
+    verify_checkpoint,
+)
 from tests.training import fork, wait
 
 
@@ -156,6 +165,29 @@ def test_a_manifest_of_another_format_or_a_path_that_is_no_checkpoint_is_refused
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(CheckpointError, match="manifest.json: cannot be read"):
             load_checkpoint(path)
+
+
+def test_where_none_is_whole_or_one_cannot_be_read_nothing_is_passed_over_in_silence(tmp_path, monkeypatch):
+    older, newest = two(tmp_path)
+    (newest / "module.safetensors").write_bytes(b"")
+    monkeypatch.setattr(Path, "open", refuse(Path.open, older / "optimizer.safetensors"))
+    with pytest.raises(UnreadableError, match=r"step-00000010/optimizer.safetensors: cannot be read: Input/output error"):
+        newest_valid(tmp_path)
+    monkeypatch.undo()
+    assert newest_valid(tmp_path) == older
+    (older / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="manifest.json: cannot be read.*no whole checkpoint is left.*move them away to begin anew"):
+        newest_valid(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [older.name, newest.name]
+
+
+def refuse(method, path):
+    def opened(self, *args, **kwargs):
+        if self == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return method(self, *args, **kwargs)
+
+    return opened
 
 
 def test_no_checkpoint_is_no_error(tmp_path):

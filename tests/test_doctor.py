@@ -17,9 +17,14 @@ from stage1_tokenizer.data.arrays import ArraySplit
 from stage1_tokenizer.data.base import SOURCES
 from stage1_tokenizer.data.transform import TransformConfig
 from stage1_tokenizer.objectives.reconstruction import Reconstruction, ReconstructionConfig
+from stage1_tokenizer.probe import innermost
+from stage1_tokenizer.quantizers.base import QUANTIZERS, QuantizerConfig
+from stage1_tokenizer.quantizers.bsq import BSQConfig
+from stage1_tokenizer.quantizers.fsq import FSQConfig
+from stage1_tokenizer.quantizers.lfq import LFQConfig
 from stage1_tokenizer.quantizers.residual import ResidualConfig
 from stage1_tokenizer.quantizers.vq import VQ, VQConfig
-from stage1_tokenizer.symptoms import entropy_bits, nearest_pairs
+from stage1_tokenizer.symptoms import code_vectors, entropy_bits, nearest_pairs
 from stage1_tokenizer.tokenizers.base import Tokenizer, TokenizerConfig
 from tests.training import HIERARCHY, TOKENIZER, ToyConfig, bars, run_training, tiny
 
@@ -149,19 +154,46 @@ def test_a_level_that_carries_nothing_is_found() -> None:
 
 
 def facts(**changes: object) -> LevelFacts:
-    healthy = {"seen": 10**5, "used": 512}
+    healthy = {"seen": 10**5, "used": 512, "table_used": 512}
     healthy |= {"perplexity": 350.0, "entropy_bits": 8.4, "position_bits": (4.0, 7.0, 8.0), "variance": 1.0, "error": 0.1}
     return LevelFacts(**({"name": "codes", "vocab": 512, "positions": 49, "twins": 0, "swap_cost": 12.0} | healthy | changes))  # type: ignore[arg-type]
 
 
 def test_a_healthy_level_has_no_findings() -> None:
     assert level_findings(facts()) == []
+    assert level_findings(facts(used=71, perplexity=60.0)) == []  # a stage that uses its part of a codebook that others share
+
+
+@pytest.mark.parametrize(
+    "quantizer", [VQConfig(codes=24, dim=4, cosine=True, init="normal"), FSQConfig(levels=(5, 4)), LFQConfig(bits=4), BSQConfig(bits=4)]
+)
+def test_the_quantisation_error_is_that_of_latents_where_they_are_compared(quantizer: QuantizerConfig) -> None:
+    tokenizer = build(TOKENIZER.replace(quantizer=quantizer)).eval()
+    x = split().batch(torch.arange(N))["x"]
+    stats = tokenizer(x).stats
+    found = examined(tokenizer).levels[0]
+    assert found.error == pytest.approx(float(next(v for k, v in stats.items() if k.endswith("quantization_error"))), rel=1e-5)
+    assert 0 < found.variance <= 1
+
+
+def test_a_tokenizer_of_double_precision_and_a_huge_vocabulary() -> None:
+    assert examined(build(TOKENIZER).double()).levels[0].seen > 0
+    with pytest.raises(ValueError, match=r"level codes: 1073741824 codes at \d+ positions are more than"):
+        examined(build(TOKENIZER.replace(quantizer=LFQConfig(bits=30))))
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS.names())
+def test_the_vectors_of_codes_lie_where_the_quantiser_does(kind: str) -> None:
+    tokenizer = build(TOKENIZER.replace(quantizer=QUANTIZERS.config(kind)()))
+    for quantizer in innermost(tokenizer.to("meta")):
+        vectors = code_vectors(quantizer, quantizer.level_specs("codes", (1,))[0])
+        assert vectors is not None and vectors.is_meta
 
 
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"used": 71, "perplexity": 60.0}, "collapse, 71 of 512"),
+        ({"used": 71, "table_used": 71, "perplexity": 60.0}, "collapse, 71 of 512"),
         ({"perplexity": 20.0}, "perplexity 20 of 512"),
         ({"error": 0.7}, "quantisation error is 70%"),
         ({"error": 30.0}, "30 times their own variance"),

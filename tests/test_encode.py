@@ -219,6 +219,7 @@ def test_check_and_dry_run_write_nothing(tmp_path: Path, run_folder: Path, capsy
         (["--out", "x"], "tokenizer: Field required"),
         (["--tokenizer", "RUN", "--out", "OUT", "--viws", "2"], "--viws: unknown key; did you mean 'views'"),
         (["--tokenizer", "RUN", "--out", "OUT", "--views", "0"], "views: .*greater than or equal to 1"),
+        (["--tokenizer", "RUN", "--out", "OUT", "--views", "2", "--data.transform.shift", "0"], "views: 2 of data that are not augmented"),
         (["--tokenizer", "RUN", "--out", "OUT", "--max_steps", "2"], "a dump has no steps"),
         (["--tokenizer", "nobody/none", "--out", "OUT"], "data: nobody/none has no config.yaml of a run; say --data.type"),
         (["--tokenizer", "RUN", "--out", "OUT", "--device", "tpu"], "device: "),

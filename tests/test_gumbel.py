@@ -183,3 +183,13 @@ def test_training_uses_the_codes_and_lowers_the_error() -> None:
 def test_impossible_settings_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
         GumbelConfig.from_dict(change)
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_where_nothing_learns_the_codes_are_those_of_eval_mode(hard: bool) -> None:
+    q = built(hard=hard).requires_grad_(False).train()
+    z = torch.randn(5, 4, 3, 3)
+    drawn = q(z.clone().requires_grad_(), step_rng(0, 5)).codes[0]
+    out = q(z, step_rng(0, 5))
+    expected = q.eval()(z)
+    assert torch.equal(out.codes[0], expected.codes[0]) and torch.equal(out.z, expected.z) and not torch.equal(drawn, out.codes[0])

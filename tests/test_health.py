@@ -13,6 +13,7 @@ from intarsia.distributed import Comm, comm
 from intarsia.rng import StepRng
 from intarsia.specs import SignalSpec
 from stage1_tokenizer.health import Health, HealthConfig
+from stage1_tokenizer.quantizers.lfq import LFQConfig
 from stage1_tokenizer.quantizers.residual import ResidualConfig
 from stage1_tokenizer.quantizers.vq import VQ, VQConfig
 from stage1_tokenizer.tokenizers.vqvae import VQVAE, VQVAEConfig
@@ -86,6 +87,24 @@ def test_collapse_stop_ends_the_run_naming_it() -> None:
     health.count([torch.zeros(1, 4, 4, dtype=torch.int64)])
     with pytest.raises(RunError, match="collapse: level codes: 1 of 8 codes"):
         health.look(model, comm, never, print)
+
+
+def test_stages_that_share_a_codebook_are_judged_together() -> None:
+    shared = ResidualConfig(stages=2, shared=True, inner=VQConfig(codes=8, dim=4, init="normal"))
+    for second, said in (([4, 5], 0), ([0, 1], 1)):  # 4 of 8 codes and 2 of 8
+        model = tokenizer(shared)
+        health, lines = Health(HealthConfig(), model), []
+        health.count([torch.tensor([[[0, 1], [0, 1]]] * 9), torch.tensor([[second, second]] * 9)])
+        figures = health.look(model, comm, never, lines.append)
+        assert {figures[f"health/usage/codes/{i}"].item() for i in (0, 1)} == {0.25}
+        assert len(lines) == said and all("2 of 8 codes" in line for line in lines)
+
+
+def test_a_vocabulary_beyond_any_table_is_not_watched() -> None:
+    model = tokenizer(LFQConfig(bits=30))
+    health = Health(HealthConfig(every=1), model)
+    health.count([torch.full((1, 4, 4), 2**30 - 1)])
+    assert health.look(model, comm, never, print) == {} and sum(t.numel() for t in health.state_dict().values()) < 10
 
 
 def test_few_samples_are_no_collapse() -> None:

@@ -599,6 +599,12 @@ def test_a_private_repository_needs_the_token_of_the_environment(hub: HubServer,
         built().push_to_hub("me/net")
 
 
+def test_a_push_without_a_network_is_one_line(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="me/net: could not be published"):
+        built().push_to_hub("me/net")
+
+
 def test_a_hub_that_is_out_of_order_is_one_line(hub: HubServer) -> None:
     hub.fail = 403
     with pytest.raises(HubError, match=r"^me/net: .*could not be (fetched|published)") as pulled:

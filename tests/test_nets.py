@@ -8,7 +8,7 @@ import torch
 from intarsia.config import ConfigError
 from intarsia.specs import SignalSpec
 from stage1_tokenizer.nets.base import NETS
-from stage1_tokenizer.nets.blocks import AttentionBlock, unpatch
+from stage1_tokenizer.nets.blocks import AttentionBlock, norm_layer, unpatch
 from stage1_tokenizer.nets.conv import ConvConfig
 from stage1_tokenizer.nets.ladder import Down, GridConfig, Head, Up
 
@@ -160,3 +160,14 @@ def test_a_head_leads_from_any_grid_to_the_signal(stride: tuple[int, int], doubl
     head = Head(2, 64, stride, 3, 1, "none", "nearest")
     assert head(torch.zeros(1, 64, 2, 3)).shape == (1, 3, 2 * stride[0], 3 * stride[1])
     assert head.patch == patch and sum(type(layer).__name__ == "Upsample" for layer in head.layers) == doublings
+
+
+def test_any_width_has_a_norm() -> None:
+    groups = {width: norm_layer("group", width).num_groups for width in range(1, 300)}
+    assert all(width % n == 0 and (width // n >= 8 or n == 1) for width, n in groups.items())
+    assert {width: groups[width] for width in (8, 33, 64, 96, 128, 512 // 2)} == {8: 1, 33: 1, 64: 8, 96: 4, 128: 16, 256: 32}
+
+
+def test_a_patch_is_at_least_one_sample() -> None:
+    with pytest.raises(ConfigError, match="patch: .*greater than or equal to 1"):
+        ConvConfig.from_dict({"patch": 0})

@@ -129,6 +129,7 @@ def test_bad_settings_are_refused_at_construction() -> None:
         torch.tensor(2),
         torch.full((5,), 2, dtype=torch.int32),
         np.full(5, 2),
+        np.array(["Shirt"] * 5),
         np.int64(2),
     ],
     ids=repr,

@@ -186,6 +186,11 @@ def test_without_a_label_the_learned_null_is_asked_and_one_label_may_stand_for_e
     strict = TwoStagePipeline(pipeline.tokenizer, [tiny.prior("maskgit", pipeline.priors[0].spec, cond_dropout=0.0)])
     with pytest.raises(ValueError, match=r"label: none; the maskgit prior of codes was trained with labels always present"):
         strict.complete(x, mask)
+    guided = TwoStagePipeline(pipeline.tokenizer, pipeline.priors, micro_batch=8, defaults={"guidance": 2.0})
+    assert torch.equal(guided.complete(x, mask, seed=0), free)  # there is no label to be guided to
+    assert not torch.equal(guided.complete(x, mask, seed=0, label=[0, 1, 2, 0, 1, 2]), each)
+    with pytest.raises(ValueError, match="guidance"):
+        pipeline.complete(x, mask, seed=0, guidance=2.0)
     unlabelled = tiny.pipeline("maskgit", labelled=False)
     assert unlabelled.complete(x, mask, seed=0).shape == x.shape
     with pytest.raises(ValueError, match="label: no prior of this pipeline takes labels"):

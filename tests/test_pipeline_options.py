@@ -12,7 +12,7 @@ from intarsia.cli import parse
 from intarsia.config import ConfigError
 from pipelines import TwoStagePipeline
 from pipelines.evaluate import EvaluateConfig
-from pipelines.options import route_options
+from pipelines.options import merged_options, route_options
 from pipelines.sample import SampleConfig
 from pipelines.sampling_config import ALIASES, SamplingConfig
 from stage2_prior.priors.base import PRIORS
@@ -42,6 +42,20 @@ def test_a_mapping_goes_to_the_priors_of_its_levels_and_lies_over_what_was_given
     assert bottom == {"temperature": {"finest": 0.9}, "min_p": {"finest": 0.2}}
     joint = tiny.pipeline("joint")
     assert route_options(joint.priors, {"top_k": {"top": 2, "bottom": 3}}) == ({"top_k": {"top": 2, "bottom": 3}},)
+
+
+def test_what_options_come_to_is_told_as_briefly_as_it_can(three: TwoStagePipeline) -> None:
+    defaults = {"temperature": {"top": 0.5}, "min_p": 0.1}
+    assert merged_options(three.priors, defaults, {"temperature": {"bottom": 0.8}, "steps": 3}) == {
+        "temperature": {"top": 0.5, "bottom": 0.8},
+        "min_p": 0.1,
+        "steps": 3,
+    }
+    assert merged_options(three.priors, defaults, {"temperature": 0.9, "guidance": {"start": 1, "stop": 2}}) == {
+        "temperature": 0.9,
+        "min_p": 0.1,
+        "guidance": {"start": 1, "stop": 2},
+    }
 
 
 def drawn(pipeline: TwoStagePipeline, **options: Any) -> list[Tensor]:

@@ -72,7 +72,7 @@ def test_upper_codes_reach_the_cells_below_them_and_their_neighbours() -> None:
 
 
 def test_an_order_by_position_needs_levels_of_one_shape() -> None:
-    with pytest.raises(ValueError, match=r"prior.order: 'position' needs levels of one shape; got \(2, 2\), \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"prior.order: 'position' \(rq has no other\) needs levels of one shape; got \(2, 2\), \(4, 4\)"):
         Layout(levels((2, 2), (4, 4)), "position")
     with pytest.raises(ValueError, match=r"prior.levels: levels of different numbers of axes, \(4,\), \(4, 4\), make no sequence"):
         Layout(levels((4,), (4, 4)))

@@ -55,6 +55,7 @@ def reference(
             masked = [not k for k in known[1][i].flatten().tolist()]
         unknown = sum(masked)
         steps = min(12, size) if how.steps is None else how.steps
+        own = max(1, min(steps, unknown))  # schedules of guidance and noise end with the sample's last step
         left = remaining(how.schedule or prior.config.schedule, steps, size)[:, unknown].tolist()
         order = list(range(size))
         if how.order == "halton":
@@ -69,7 +70,7 @@ def reference(
             seen = [*upper, *drawn, grid]
             logits = prior.logits(seen, mask, None if label is None else Cond(label=torch.tensor([label])))[0]
             if how.guided:
-                logits = guide(logits, prior.logits(seen, mask)[0], how.guidance_at(step / max(1, steps - 1)))
+                logits = guide(logits, prior.logits(seen, mask)[0], how.guidance_at(step / max(1, own - 1)))
             drawn_now, confidence = {}, {}
             for p in range(size):
                 if masked[p]:
@@ -83,7 +84,7 @@ def reference(
                     drawn_now[p] = code
                     confidence[p] = logits[p].log_softmax(0)[code].item()
                     if how.temperature > 0:
-                        confidence[p] += noise * (1 - (step + 1) / steps) * gumbel
+                        confidence[p] += noise * (1 - (step + 1) / own) * gumbel
             show = left[step] - left[step + 1]
             ranked = sorted(drawn_now, key=lambda p: -confidence[p]) if how.order == "confidence" else [p for p in order if masked[p]]
             for p in ranked[:show]:

@@ -8,8 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from intarsia.cli import UserError, parse
 from pipelines import TwoStagePipeline
+from pipelines import quickstart as module
+from pipelines.evaluate import EvaluateConfig
 from pipelines.quickstart import QuickstartConfig, stages
+from pipelines.sampling_config import ALIASES
+from stage1_tokenizer.data.bundled import BundledConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ("samples.png", "reconstructions.png", "curves.png", "codebook.png")
@@ -45,6 +52,27 @@ def test_the_quickstart_leaves_pictures_figures_and_a_pipeline_that_loads(tmp_pa
     assert set(figures["seconds"]) == {name for name, _ in stages(QuickstartConfig(), None)}
     pipeline = TwoStagePipeline.from_pretrained(run / "pipeline")
     assert pipeline.sample(2, seed=0).shape == (2, 1, 28, 28)
+
+
+@pytest.mark.parametrize("flag", ["--check", "--dry_run"])
+def test_the_commands_are_shown_and_nothing_is_run(tmp_path: Path, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    module.quickstart(*parse(QuickstartConfig, ["--run", str(tmp_path / "run"), flag]))
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split("]")[0] for line in shown] == [f"[{name}" for name, _ in stages(QuickstartConfig(), None)]
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="--resume"):
+        module.quickstart(*parse(QuickstartConfig, ["--run", str(tmp_path / "run"), "--resume", "x"]))
+
+
+def test_samples_are_compared_with_the_data_of_the_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: dict[str, list[str]] = {}
+    monkeypatch.setattr(module, "run_stage", lambda name, arguments: done.update({name: list(arguments)}))
+    monkeypatch.setattr(module, "gather", lambda run, seconds: None)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "config.yaml").write_text("data: {type: bundled, name: emoji}")
+    module.quickstart(*parse(QuickstartConfig, ["--run", str(tmp_path)]))
+    config, _ = parse(EvaluateConfig, done["samples"][1:], ALIASES)
+    assert config.data == BundledConfig(name="emoji")
 
 
 def test_a_failing_stage_ends_the_whole_and_names_itself(tmp_path: Path) -> None:

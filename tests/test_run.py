@@ -23,7 +23,7 @@ from intarsia.cli import Flags, RunError, UserError
 from intarsia.config import ConfigError
 from intarsia.metrics_log import MetricsLog, read_metrics
 from intarsia.parts import Parts
-from intarsia.prefetch import Prefetch
+from intarsia.prefetch import Prefetch, pinned
 from intarsia.release import replace_folder, restore_folder
 from intarsia.run import Run
 from intarsia.run_config import LogConfig, OptimConfig, RunConfig
@@ -417,6 +417,15 @@ def test_a5_the_newest_valid_checkpoint_wins_and_resume_wants_that_very_one(tmp_
     assert Left.of(tmp_path / "run").differences(whole) == []
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path):
+    left = go(tmp_path)
+    for manifest in (tmp_path / "checkpoints").glob("*/manifest.json"):
+        manifest.unlink()
+    with pytest.raises(RunError, match="no whole checkpoint is left"):
+        go(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == left.metrics and len(list((tmp_path / "checkpoints").glob("step-*"))) == 2
+
+
 def test_metrics_are_cut_back_to_the_checkpoint_and_a_torn_line_is_dropped(tmp_path):
     whole = go(tmp_path / "whole")
     go(tmp_path / "run", Flags(max_steps=4))
@@ -676,3 +685,9 @@ def test_nothing_is_printed_to_a_pipe_but_what_matters(tmp_path, capsys):
     go(tmp_path)
     out = capsys.readouterr()
     assert out.out == "" and out.err == ""
+
+
+def test_all_tensors_of_a_batch_are_pinned(monkeypatch):
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self + 1)
+    batch = {"index": torch.tensor([1]), "codes": [torch.tensor([2]), torch.tensor([3])], "label": None}
+    assert pinned(batch) == {"index": 2, "codes": [3, 4], "label": None}

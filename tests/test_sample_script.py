@@ -61,10 +61,25 @@ def test_a_folder_holds_a_picture_per_sample_and_what_they_are(folder: Path, pip
     sample.main(["--pipeline", str(folder), "--n", "4", "--first", "3", "--label", "all", "--temperature", "0.5", "--out", "set"])
     facts = json.loads(Path("set/samples.json").read_text())
     assert sorted(p.name for p in Path("set").iterdir()) == [f"{i:06d}.png" for i in (3, 4, 5, 6)] + ["plan.json", "samples.json"]
-    assert facts["label"] == [0, 1, 2, 3] and facts["sampling"] == [{"temperature": {"codes": 0.5}}]
+    assert facts["label"] == [3, 0, 1, 2] and facts["sampling"] == [{"temperature": {"codes": 0.5}}]
     assert facts["classes"] == list(tiny.CLASSES) and facts["priors"] == [pipeline.priors[0].weights_sha256]
-    rows = torch.stack([x for _, x in pipeline.stream(4, first=3, label=[0, 1, 2, 3], temperature=0.5, seed=facts["seed"])])
+    rows = torch.stack([x for _, x in pipeline.stream(4, first=3, label=[3, 0, 1, 2], temperature=0.5, seed=facts["seed"])])
     assert np.array_equal(np.stack([pixels(f"set/{i:06d}.png") for i in (3, 4, 5, 6)]), to_uint8(rows)[..., 0])
+
+
+def test_the_class_of_a_sample_does_not_depend_on_where_a_set_begins(folder: Path) -> None:
+    for name, first, n in (("whole", "0", "7"), ("end", "4", "3")):
+        sample.main(["--pipeline", str(folder), "--n", n, "--first", first, "--label", "bag,dress,shoe", "--seed", "2", "--out", name])
+    whole, end = (json.loads(Path(f"{name}/samples.json").read_text())["label"] for name in ("whole", "end"))
+    assert whole == [1, 3, 0, 1, 3, 0, 1] and end == whole[4:]
+    assert all(Path(f"end/{i:06d}.png").read_bytes() == Path(f"whole/{i:06d}.png").read_bytes() for i in (4, 5, 6))
+
+
+def test_what_a_writer_left_that_was_killed_before_its_plan_is_in_nobodys_way(folder: Path) -> None:
+    Path("torn").mkdir()
+    Path("torn/.tmp-7-plan.json").write_text("{")
+    sample.main(["--pipeline", str(folder), "--n", "1", "--seed", "2", "--out", "torn"])
+    assert sorted(p.name for p in Path("torn").iterdir()) == ["000000.png", "plan.json", "samples.json"]
 
 
 @pytest.mark.parametrize(

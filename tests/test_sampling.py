@@ -90,6 +90,7 @@ def test_guidance_extrapolates_from_the_null_logits() -> None:
     ("name", "value"),
     [
         ("temperature", -0.1),
+        ("temperature", 1e-39),
         ("temperature", math.nan),
         ("temperature", math.inf),
         ("temperature", "1"),

@@ -105,3 +105,12 @@ def test_kmeans_lowers_the_distortion_and_leaves_no_two_centres_equal() -> None:
     assert counts.sum() == 2000
     few, _ = kmeans(rows[:10], 50, step_rng(0, 0))
     assert few.unique(dim=0).shape[0] == 50
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("k", [300, 512, 1000])
+def test_rows_that_are_not_finite_have_a_code_in_range_too(path: None, k: int, value: float) -> None:
+    rows = torch.randn(100, 4)
+    rows[::3, 1] = value
+    codes = nearest(rows, torch.randn(k, 4))
+    assert codes.min() >= 0 and codes.max() < k

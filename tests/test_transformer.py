@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from stage2_prior.packed import packed
-from stage2_prior.transformer import Transformer, attend, rotary_tables, rotate
+from stage2_prior.transformer import Transformer, attend, attend_last, rotary_tables, rotate
 
 
 def trunk(seed: int = 0, width: int = 24, depth: int = 3, heads: int = 3) -> Transformer:
@@ -140,3 +141,19 @@ def test_a_packed_layer_is_the_layer_as_it_was(bias: bool, rows: int) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             assert packed(layer) is layer
     assert packed(layer) is layer  # with gradients on
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_the_last_place_attends_to_does_not_depend_on_the_batch(threads: int) -> None:
+    """With several threads torch's fused kernel rounds by the place in the batch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for length in (1, 8, 12, 16, 17, 20, 32, 33, 48, 64):
+            q, k, v = (torch.randn(32, 4, n, 32) for n in (1, length, length))
+            order = torch.randperm(32)
+            found = attend_last(q, k, v)
+            assert torch.equal(attend_last(q[order], k[order], v[order]), found[order])
+            torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v))
+    finally:
+        torch.set_num_threads(before)

@@ -230,6 +230,20 @@ def test_a_split_shares_the_count_and_puts_the_new_code_beside_its_parent() -> N
     torch.testing.assert_close(q.sums, q.codebook * q.counts[:, None])
 
 
+def test_training_a_grown_codebook_on_keeps_all_its_codes() -> None:
+    """As fine-tuning does: a release with all codes in use, and steps that count from 0 again."""
+    q = VQ(VQConfig(codes=8, dim=4, init="normal", grow=(2, 4), restart=0.0, decay=0.999))
+    q.used.fill_(8)
+    q.counts.fill_(1)
+    q.sums.copy_(q.codebook)
+    before = q.codebook.clone()
+    for step in range(6):
+        rng = StepRng(0, step, torch.arange(4))
+        q.train()(torch.randn(4, 4, 3), rng)
+        q.update(rng, comm)
+        assert q.used == 8 and torch.allclose(q.codebook, before, atol=0.2)
+
+
 def test_growth_that_a_skipped_step_missed_is_made_up_for_and_then_changes_nothing() -> None:
     q = VQ(VQConfig(codes=8, dim=4, init="normal", grow=(2, 4), restart=0.0))
     q(torch.randn(4, 4, 5), step_rng(7, 4))

@@ -64,6 +64,13 @@ def load_pipeline(name: str, device: torch.device) -> TwoStagePipeline:
     return (TwoStagePipeline.from_pretrained(name) if name else TwoStagePipeline.bundled()).to(device)
 
 
+def data_name(config: SourceConfig) -> str:
+    """The type of the data and what it names, for a line that says what figures are of."""
+    tree = config.to_dict()
+    named = [str(tree[key]) for key in ("name", "path", "root", "dataset") if tree.get(key)]
+    return " ".join([tree["type"], *named])
+
+
 def check_fit(pipeline: TwoStagePipeline, source: Source) -> None:
     """Raises ValueError where the data are not those of the pipeline."""
     if source.signal != pipeline.signal:

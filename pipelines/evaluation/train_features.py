@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from intarsia.cli import UserError, parse, run_main
-from intarsia.config import Budget, Config, Place
+from intarsia.config import Budget, Config, ConfigError, Place
 from intarsia.order import Order
 from pipelines.evaluation.features import CLASSIFIERS, Classifier, ClassifierConfig, ClassifierSpec, ConvClassifierConfig
 from pipelines.sample import device_of
@@ -90,8 +90,10 @@ def accuracy(model: Classifier, split: Split, batch_size: int = 500) -> float:
 
 def main() -> None:
     config, flags = parse(TrainFeaturesConfig, aliases={"name": "classifier.name"}, program="python -m pipelines.evaluation.train_features")
+    if flags.max_steps is not None or flags.resume is not None:
+        raise ConfigError(["--max_steps, --resume: the training of a feature model has neither; see steps"])
     source = SOURCES.build(config.data)
-    if flags.check:
+    if flags.check or flags.dry_run:
         print(f"data: {source.signal}, {len(source.classes)} classes, splits {', '.join(source.splits)}")
         return
     model = train(config, source)

@@ -18,10 +18,10 @@ Upsampling = Literal["transposed", "nearest"]
 
 
 def norm_layer(kind: str, width: int) -> nn.Module:
-    """Group norm with groups of at least 8 channels and at most 32 groups."""
+    """Group norm with at most 32 groups, of at least 8 channels unless there are fewer; a power of two that divides the width."""
     if kind == "none":
         return nn.Identity()
-    return nn.GroupNorm(math.gcd(32, max(1, width // 8)), width)
+    return nn.GroupNorm(math.gcd(32, max(1, width // 8), width), width)
 
 
 def unpatch(x: Tensor, patch: int | tuple[int, ...]) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from intarsia.config import Added
@@ -24,7 +25,7 @@ class ConvConfig(NetConfig):
     """Residual blocks of each stage in the decoder."""
     encoder_blocks: tuple[int, ...] | None = (1, 0)
     """Residual blocks of each stage in the encoder; null = as in the decoder."""
-    patch: int = 2
+    patch: Annotated[int, Field(ge=1)] = 2
     """The first and last layer work on patches of this many samples an axis: nothing runs at full resolution. 1 = off."""
     norm: Norm = "group"
     """Normalisation in the residual blocks; `none` keeps the receptive field finite."""

@@ -131,6 +131,10 @@ class Quantizer(nn.Module):
         """
         raise NotImplementedError
 
+    def compared(self, z: Tensor) -> Tensor:
+        """(B, D, *grid) latents to what is compared with the codes' vectors; themselves unless they are bounded or scaled first."""
+        return z
+
     def code_tensors(self) -> dict[str, Tensor]:
         """The tensors that decide what a code is and means; running sums and counts are none of them."""
         return dict(self.named_parameters())

@@ -70,6 +70,10 @@ class FSQ(ScalarQuantizer):
         half, offset, shift = (t.to(z.dtype) for t in (self.radius, self.offset, self.shift))
         return half * torch.tanh(z + shift) - offset
 
+    def compared(self, z: Tensor) -> Tensor:
+        bounded = self.bound(at_least_float32(z).movedim(1, -1))
+        return (bounded / self.middle.to(bounded.dtype)).movedim(-1, 1)
+
     def values(self, digits: Tensor) -> Tensor:
         return (digits - self.middle) / self.middle
 

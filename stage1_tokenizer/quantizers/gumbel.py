@@ -58,8 +58,8 @@ class Gumbel(CodebookQuantizer):
     """y = softmax((logits + g) / tau) with Gumbel noise g, and z = sum_j y_j e_j (soft) or e_k with k = argmax y (hard).
 
     tau(t) = tau_0 (tau_1 / tau_0)^min(1, t / T) with t = ``rng.step``; the noise is a function of (seed, step, sample, position, code).
-    In eval mode k = argmax of the logits, without noise, and z = e_k: then ``decode(codes)`` is z. So it is in training, where hard;
-    a soft z is a mixture that no code stands for, and its codes are those drawn.
+    In eval mode, and where neither the latents nor the codebook learn, k = argmax of the logits, without noise, and z = e_k: then
+    ``decode(codes)`` is z. So it is in training, where hard; a soft z is a mixture that no code stands for, and its codes are those drawn.
 
     The relaxation needs y for every code: N x K floats are kept for the backward pass, which no vector quantiser here does otherwise.
     The codebook learns from the decoder's gradient and through the logits.
@@ -126,17 +126,18 @@ class Gumbel(CodebookQuantizer):
             log_q = torch.log_softmax(logits, -1)
             kl = active_mean((log_q.exp() * log_q).sum(-1) + math.log(self.codes), active)
             stats = {"kl": kl.detach()}
-            if self.training:
+            if self.training and (rows.requires_grad or self.codebook.requires_grad):
                 assert rng is not None
                 tau = self.temperature(rng.step)
                 noisy = (logits + gumbel_noise(rng, rows.shape[1], self.codes, rows)) / tau
                 codes = noisy.detach().argmax(-1)
                 z_q = self._mix(torch.softmax(noisy, -1), codes, vectors)
                 stats["temperature"] = torch.full((), tau, dtype=rows.dtype, device=z.device)
-                self._count(rows.reshape(-1, self.dim), codes.flatten(), batch, finite, active, rng)
             else:
                 codes = logits.argmax(-1)
                 z_q = vectors[codes]
+            if self.training:
+                self._count(rows.reshape(-1, self.dim), codes.flatten(), batch, finite, active, rng)
             stats["quantization_error"] = active_mean((rows - z_q).detach().square(), active)
         z_q = z_q.view(batch, *grid, self.dim).movedim(-1, 1)
         return Quantized(z_q, (codes.view(batch, *grid),), self.config.kl * kl, stats)

@@ -80,6 +80,9 @@ class SignQuantizer(ScalarQuantizer):
         """(..., D) latents to where they are compared with the codes."""
         return rows
 
+    def compared(self, z: Tensor) -> Tensor:
+        return self.project(at_least_float32(z).movedim(1, -1)).movedim(-1, 1)
+
     def values(self, digits: Tensor) -> Tensor:
         return (2 * digits - 1).to(self.usage.dtype) * self.value
 

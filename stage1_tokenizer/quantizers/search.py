@@ -27,8 +27,9 @@ def nearest(rows: Tensor, codebook: Tensor, cost: Tensor | None = None) -> Tenso
         cost: (K,) of the same dtype, what a code costs beside its distance, inf for one that must not be taken; None for nothing.
 
     Returns:
-        (N,) int64.
+        (N,) int64 in [0, K), for rows that are not finite too.
     """
+    k = codebook.shape[0]
     bias = codebook.square().sum(1)
     bias = (bias if cost is None else bias + cost).mul(-0.5)
     wide = rows.device.type == "cpu" and codebook.shape[0] >= 4 * _BLOCK
@@ -39,7 +40,7 @@ def nearest(rows: Tensor, codebook: Tensor, cost: Tensor | None = None) -> Tenso
     out = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
     for tile in tiles(rows.shape[0], codebook.shape[0], rows.device):
         out[tile] = best(score(rows[tile]))
-    return out
+    return out.clamp_(max=k - 1)  # a NaN wins also where it comes from inf and the zeros of the padding
 
 
 def tiles(n: int, k: int, device: torch.device) -> list[slice]:

@@ -139,6 +139,9 @@ class VQ(CodebookQuantizer):
     def vectors(self) -> Tensor:
         return F.normalize(self.codebook, dim=1) if self.config.cosine else self.codebook
 
+    def compared(self, z: Tensor) -> Tensor:
+        return F.normalize(z, dim=1) if self.config.cosine else z
+
     def codes_in_use(self, vocab: int) -> int:
         return int(self.used) if self.config.grow else vocab
 

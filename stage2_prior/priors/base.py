@@ -19,9 +19,11 @@ from intarsia.registry import Registry
 from intarsia.rng import StepRng
 from intarsia.specs import CodesSpec, Cond, LevelSpec
 from stage2_prior.arguments import check_codes, check_ids, check_known, check_label, whole
+from stage2_prior.digits import LARGEST_FULL
 from stage2_prior.sampling import DrawOptions, choose_options
 
 PRIORS: Registry[Prior] = Registry("prior", "stage2_prior.priors")
+NLL_FLOATS = 1 << 28
 Stats = dict[str, Tensor]
 Known = tuple[Sequence[Tensor], Sequence[Tensor]]
 
@@ -34,7 +36,8 @@ class PriorConfig(Config, registry=PRIORS):
     cond_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     """How often training replaces the label by the learned null, which guidance needs; 1 trains without labels."""
     corruption: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """How often training replaces a code that is conditioned on by a random one; helps where data is scarce."""
+    """How often training replaces a code that is conditioned on, its own or one of a level above, by a random one; helps where data is
+    scarce, and where codes above will be drawn and not perfect."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """How often training drops a feature of a residual branch, at all positions of a sample (Gal and Ghahramani 2016)."""
 
@@ -119,6 +122,13 @@ class Prior(Pretrained, nn.Module):
         Raises ValueError for codes or labels of the wrong number, shape, dtype or range.
         """
         raise NotImplementedError
+
+    @property
+    def nll_rows(self) -> int:
+        """How many samples ``nll`` may take at once: at most 250, and about a gigabyte for the logits or a feed-forward."""
+        own = sum(level.positions for level in self.own)
+        logits = max(level.vocab if len(level.factors) < 2 else min(level.vocab, LARGEST_FULL) for level in self.own)
+        return max(1, min(250, NLL_FLOATS // (own * max(logits, 8 * getattr(self.config, "width", 1)))))
 
     def by_level(self, each: Tensor) -> list[Tensor]:
         """(..., positions), in the order of ``nll``, apart by level: (..., positions of the level) in raster order."""
@@ -259,13 +269,21 @@ class Prior(Pretrained, nn.Module):
 
     def _corrupt(self, own: Sequence[Tensor], rng: StepRng | None) -> list[Tensor]:
         """(B, positions) codes of each of its levels with random ones in place of those that training replaces at this step."""
+        return self._replaced("corruption", own, self.own, rng)
+
+    def _corrupt_upper(self, upper: Sequence[Tensor], rng: StepRng | None) -> list[Tensor]:
+        """The same of the levels above, (B, *shape)."""
+        flat = self._replaced("corruption/upper", [codes.flatten(1) for codes in upper], self.upper, rng)
+        return [codes.view_as(given) for codes, given in zip(flat, upper, strict=True)]
+
+    def _replaced(self, purpose: str, maps: Sequence[Tensor], levels: Sequence[LevelSpec], rng: StepRng | None) -> list[Tensor]:
         rate = self.config.corruption
         if rng is None or rate == 0:
-            return list(own)
+            return list(maps)
         out = []
-        for i, (codes, level) in enumerate(zip(own, self.own, strict=True)):
-            where = rng.uniform("corruption", codes.shape[1], level=i) < rate
-            code = (rng.uniform("corruption/code", codes.shape[1], level=i) * level.vocab).long()
+        for i, (codes, level) in enumerate(zip(maps, levels, strict=True)):
+            where = rng.uniform(purpose, codes.shape[1], level=i) < rate
+            code = (rng.uniform(f"{purpose}/code", codes.shape[1], level=i) * level.vocab).long()
             out.append(torch.where(where, code, codes))
         return out
 

@@ -55,7 +55,7 @@ class GPTPrior(SequencePrior):
         self.trunk = trunk(config.width, config.depth, config.heads)
 
     def _logits(self, upper: Sequence[Tensor], own: Sequence[Tensor], label: Tensor | None, rng: StepRng | None) -> list[Tensor]:
-        context = self._context(upper, label)
+        context = self._context(self._corrupt_upper(upper, rng), label)
         seen = self._corrupt(own, rng)
         x = self.layout.join([table(codes) for table, codes in zip(self.tables, seen, strict=True)])
         n = x.shape[0]

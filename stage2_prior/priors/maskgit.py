@@ -128,7 +128,7 @@ class MaskGITPrior(Prior):
         Without ``rng`` all samples have the same masks, those of a fixed number.
         """
         upper, own, label = self._arguments(codes, cond, check=False)
-        told = self._context(upper, self._drop_label(label, rng))
+        told = self._context(self._corrupt_upper(upper, rng), self._drop_label(label, rng))
         seen, keep = self._corrupt(own, rng), self._keep(rng, self.config.depth, 2, self.config.width)
         rng = rng or self._same_for_all(len(own[0]))
         each = []
@@ -215,7 +215,8 @@ class MaskGITPrior(Prior):
                 return uniform(seed, f"sample/{purpose}", ids[:, None], at, where, step, dtype)
 
             given = None if known is None else (known[0][i].flatten(1), known[1][i].flatten(1))
-            scores = predictor.scores(drawn, how, shared=not upper and i == 0 and known is None)
+            shared = not upper and i == 0 and known is None
+            scores = predictor.scores(drawn, how, shared, None if given is None else given[1])
             codes, fine = decode(scores, numbers, level.shape, level.vocab, n, how, self.config.schedule, ids.device, given)
             finite &= fine
             drawn.append(codes)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from stage2_prior.decoding import MaskGITOptions, Scores
+from stage2_prior.decoding import MaskGITOptions, Scores, own_steps
 from stage2_prior.packed import packed
 from stage2_prior.sampling import guide
 from stage2_prior.transformer import Rotary, Transformer, attend, swiglu
@@ -35,10 +35,11 @@ class Predictor:
             assert label is not None
             self.null = prior._context(upper, torch.full_like(label, len(prior.spec.classes)))
 
-    def scores(self, drawn: Sequence[Tensor], how: MaskGITOptions, shared: bool) -> Scores:
+    def scores(self, drawn: Sequence[Tensor], how: MaskGITOptions, shared: bool, keep: Tensor | None = None) -> Scores:
         """The logits of the level after those that are drawn.
 
         Args:
+            keep: (n, N) bool, the positions that are known: a sample with fewer others than steps has fewer steps.
             shared: whether the first step sees nothing but masks and the label, so that one look at each label is enough.
         """
         level, n = len(drawn), self.n
@@ -47,6 +48,7 @@ class Predictor:
         length = size + sum(x.shape[1] for x in above)
         rotary, steps = self.prior._rotary(length), how.steps_for(size)
         first = self._first(how.guided) if shared else None
+        strengths = None if keep is None else how.strengths(steps, own_steps(steps, keep))
 
         def score(tokens: Tensor, where: Tensor, step: int) -> Tensor:
             guidance = how.guidance_at(step / max(1, steps - 1))
@@ -56,7 +58,10 @@ class Predictor:
             told = [self.told] if self.null is None or not how.guided else [self.told, self.null]
             asked = (where.repeat(len(told), 1) if len(where) > 1 else where) + (length - size)
             logits = head(self.trunk(torch.cat([x + each[:, :length] for each in told]), rotary, asked))
-            return logits if len(told) == 1 else guide(logits[:n], logits[n:], guidance)
+            if len(told) == 1:
+                return logits
+            each = guidance if strengths is None else strengths[step][:, None, None].to(logits.dtype)
+            return guide(logits[:n], logits[n:], each)
 
         return score
 

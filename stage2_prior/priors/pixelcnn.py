@@ -110,7 +110,7 @@ class PixelCNNPrior(AutoregressivePrior):
 
     def _logits(self, upper: Sequence[Tensor], own: Sequence[Tensor], label: Tensor | None, rng: StepRng | None) -> list[Tensor]:
         rows, columns = self.own[0].shape
-        context = self.context(upper, label)
+        context = self.context(self._corrupt_upper(upper, rng), label)
         known = self._known(context)
 
         def told(project: nn.Linear) -> Tensor:  # linear, so that positions and labels are projected apart

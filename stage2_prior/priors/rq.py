@@ -62,7 +62,7 @@ class RQPrior(SequencePrior):
         return Layout(self.own[:1])
 
     def _logits(self, upper: Sequence[Tensor], own: Sequence[Tensor], label: Tensor | None, rng: StepRng | None) -> list[Tensor]:
-        context, config = self._context(upper, label), self.config
+        context, config = self._context(self._corrupt_upper(upper, rng), label), self.config
         embedded = [table(codes) for table, codes in zip(self.tables, self._corrupt(own, rng), strict=True)]
         so_far = torch.stack(embedded, 2).cumsum(2)  # (B, P, depths, D)
         n, positions = so_far.shape[:2]
@@ -72,7 +72,7 @@ class RQPrior(SequencePrior):
         h = self.trunk(u, self._rotary(slice(None)), keep=outer)
         v = torch.cat([h[:, :, None], so_far[:, :, :-1]], 2) + self.depths
         inner = None if inner is None else inner.repeat_interleave(positions, 0)
-        features = rearrange(self.inner(rearrange(v, "b p l d -> (b p) l d"), keep=inner), "(b p) l d -> b p l d", b=n)
+        features = rearrange(self.inner(rearrange(v, "b p l d -> (b p) l d"), keep=inner), "(b p) l d -> b p l d", p=positions)
         return [head.logits(f, codes) for head, f, codes in zip(self.output, features.unbind(2), own, strict=True)]
 
     def _begin(self, n: int, upper: Sequence[Tensor], label: Tensor | None) -> RQState:

@@ -152,6 +152,47 @@ def test_bf16_autocast_trains_as_float32_does(case: Case) -> None:
     assert losses[True] < 0.8 * uniform and abs(losses[True] - losses[False]) < 0.1 * uniform
 
 
+@every_case
+def test_training_goes_on_after_sampling_in_inference_mode(case: Case) -> None:
+    prior = case.build()
+    codes, ids = case.codes(2), torch.arange(2)
+    with torch.inference_mode():
+        prior.sample(ids, upper=codes[: prior.levels.start], cond=case.cond(2), micro_batch=2)
+    prior.train().loss(codes, case.cond(2), StepRng(0, 0, ids))[0].backward()
+    assert all(p.grad is not None for p in prior.parameters())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.levels and not case.levels.startswith("0:")], ids=str)
+def test_corruption_replaces_codes_of_the_levels_above_too(case: Case) -> None:
+    prior = case.build()
+    noisy = PRIORS.build(prior.config.replace(corruption=0.5), prior.spec)
+    codes, rng = case.codes(400), StepRng(0, 3, torch.arange(400))
+    for before, after, level in zip(codes, noisy._corrupt_upper(codes[: prior.levels.start], rng), prior.upper, strict=False):
+        assert after.shape == before.shape and after.min() >= 0 and after.max() < level.vocab
+        expected = 0.5 * (1 - 1 / level.vocab)
+        assert abs((after != before).float().mean() - expected) < 0.06
+    assert all(torch.equal(a, b) for a, b in zip(noisy._corrupt_upper(codes[: prior.levels.start], None), codes, strict=False))
+
+
+@every_case
+def test_no_samples_have_no_likelihoods(case: Case) -> None:
+    prior = case.build()
+    empty = [c[:0] for c in case.codes(1)]
+    cond = None if case.cond(1) is None else Cond(label=torch.zeros(0, dtype=torch.int64))
+    assert prior.nll(empty, cond).shape == (0, sum(level.positions for level in prior.own))
+
+
+def test_likelihoods_of_large_levels_are_taken_of_fewer_samples_at_once() -> None:
+    def rows(shape: tuple[int, ...], vocab: int | tuple[int, ...], **config: int) -> int:
+        case = Case("gpt", ((vocab, shape),), config=config)
+        prior = build_on_meta(PRIORS.get("gpt"), PRIORS.config("gpt").from_dict(TINY["gpt"] | config), case.spec)
+        assert isinstance(prior, Prior)
+        return prior.nll_rows
+
+    assert rows((7, 7), 512) == 250 and rows((32, 32), 8192) == 32 and rows((32, 32), (512, 512)) == 16
+    assert rows((64, 64), 512, width=512) == 16 and rows((1024, 1024), 16384) == 1
+
+
 # Sampling --------------------------------------------------------------------------------------------------------
 @every_case
 def test_a_sample_does_not_depend_on_the_batch_that_it_is_in(case: Case) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -19,7 +18,9 @@ from intarsia.registry import Registry
 from intarsia.rng import StepRng
 from intarsia.specs import CodesSpec, Cond, LevelSpec
 from stage2_prior.arguments import check_codes, check_ids, check_known, check_label, whole
+from stage2_prior.corruption import corrupted
 from stage2_prior.digits import LARGEST_FULL
+from stage2_prior.inference import inference
 from stage2_prior.sampling import DrawOptions, choose_options
 
 PRIORS: Registry[Prior] = Registry("prior", "stage2_prior.priors")
@@ -269,23 +270,12 @@ class Prior(Pretrained, nn.Module):
 
     def _corrupt(self, own: Sequence[Tensor], rng: StepRng | None) -> list[Tensor]:
         """(B, positions) codes of each of its levels with random ones in place of those that training replaces at this step."""
-        return self._replaced("corruption", own, self.own, rng)
+        return corrupted(own, self.own, self.config.corruption, rng, "corruption")
 
     def _corrupt_upper(self, upper: Sequence[Tensor], rng: StepRng | None) -> list[Tensor]:
         """The same of the levels above, (B, *shape)."""
-        flat = self._replaced("corruption/upper", [codes.flatten(1) for codes in upper], self.upper, rng)
+        flat = corrupted([codes.flatten(1) for codes in upper], self.upper, self.config.corruption, rng, "corruption/upper")
         return [codes.view_as(given) for codes, given in zip(flat, upper, strict=True)]
-
-    def _replaced(self, purpose: str, maps: Sequence[Tensor], levels: Sequence[LevelSpec], rng: StepRng | None) -> list[Tensor]:
-        rate = self.config.corruption
-        if rng is None or rate == 0:
-            return list(maps)
-        out = []
-        for i, (codes, level) in enumerate(zip(maps, levels, strict=True)):
-            where = rng.uniform(purpose, codes.shape[1], level=i) < rate
-            code = (rng.uniform(f"{purpose}/code", codes.shape[1], level=i) * level.vocab).long()
-            out.append(torch.where(where, code, codes))
-        return out
 
     def _keep(self, rng: StepRng | None, *shape: int) -> Tensor | None:
         """(B, *shape) dropout factors, 0 or 1 / (1 - rate), drawn by ``rng``, so that they depend neither on the batch nor on the
@@ -299,20 +289,3 @@ class Prior(Pretrained, nn.Module):
 def bits(nats: Tensor) -> Tensor:
     """Nats in bits."""
     return nats / math.log(2)
-
-
-@dataclass
-class inference:
-    """Eval mode without autocast for the length of a ``with``; the mode is restored."""
-
-    module: Prior
-
-    def __enter__(self) -> None:
-        self.was_training = self.module.training
-        self.cast = torch.autocast(self.module.device.type, enabled=False)
-        self.module.eval()
-        self.cast.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self.cast.__exit__(*error)
-        self.module.train(self.was_training)

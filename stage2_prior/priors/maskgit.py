@@ -16,10 +16,11 @@ from intarsia.specs import CodesSpec, Cond
 from stage2_prior.context import Context, ContextEncoder, embedding
 from stage2_prior.decoding import MaskGITOptions, decode
 from stage2_prior.heads import Logits
+from stage2_prior.inference import inference
 from stage2_prior.layout import Layout
 from stage2_prior.masking import Schedule, masked_count, masked_places
 from stage2_prior.packed import packed
-from stage2_prior.priors.base import PRIORS, Known, Prior, PriorConfig, Stats, bits, inference
+from stage2_prior.priors.base import PRIORS, Known, Prior, PriorConfig, Stats, bits
 from stage2_prior.priors.maskgit_steps import Predictor
 from stage2_prior.transformer import Rotary, Transformer, rotary_tables
 

@@ -104,5 +104,6 @@ def apply_flags(cls: type[Config], tree: dict[str, Any], flags: Sequence[tuple[s
             at.node[last] = value
         else:
             raise ConfigError([f"--{path}: {last!r} is no part of {at.node!r}"])
-        parts |= {".".join(above[: i + 1]): path for i in range(len(above))}
+        if last != "type":  # which comes first, whatever the order, and may be said of a whole too
+            parts |= {".".join(above[: i + 1]): path for i in range(len(above))}
     return tree

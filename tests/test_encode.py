@@ -199,7 +199,8 @@ def test_the_script_takes_the_data_of_the_run(tmp_path: Path, run_folder: Path, 
 
 
 def test_data_flags_change_the_data_of_the_run(tmp_path: Path, run_folder: Path) -> None:
-    words = ["--tokenizer", str(run_folder), "--out", str(tmp_path / "codes"), "--data.holdout", "4", "--data.transform.flip", "true"]
+    words = ["--tokenizer", str(run_folder), "--out", str(tmp_path / "codes"), "--data.type", "idx"]  # what it is already
+    words += ["--data.holdout", "4", "--data.transform.flip", "true"]
     main(words)
     data = CodesDataset(tmp_path / "codes", "train")
     assert len(data) == 36

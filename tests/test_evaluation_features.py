@@ -133,3 +133,11 @@ def test_any_labelled_source_trains_one_and_figures_are_called_after_it(tmp_path
     x = unit(source.split("validation").batch(torch.arange(3))["x"])
     assert x.shape == (3, 3, 64, 64) and model(x)[0].shape == (3, 5)
     assert load_features(str(tmp_path / "emoji"), FASHION).name.endswith(", images of 1x28x28 adapted to 3x64x64")
+
+
+@pytest.mark.parametrize("flag", ["--check", "--dry_run"])
+def test_check_and_dry_run_train_nothing(tmp_path, monkeypatch, capsys, flag):
+    monkeypatch.setattr(train_features, "train", lambda *args: pytest.fail("trained"))
+    monkeypatch.setattr("sys.argv", ["train_features", "--name", "new", "--out", str(tmp_path / "out"), flag])
+    train_features.main()
+    assert "10 classes" in capsys.readouterr().out and not (tmp_path / "out").exists()

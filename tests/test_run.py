@@ -691,3 +691,10 @@ def test_all_tensors_of_a_batch_are_pinned(monkeypatch):
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self + 1)
     batch = {"index": torch.tensor([1]), "codes": [torch.tensor([2]), torch.tensor([3])], "label": None}
     assert pinned(batch) == {"index": 2, "codes": [3, 4], "label": None}
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_bf16_on_cuda_is_for_cards_that_compute_in_it(monkeypatch, native, expected):
+    """Older ones emulate it, which torch counts as support unless it is asked not to."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    assert machine.pick_precision(RunConfig(run="r"), torch.device("cuda")) == expected

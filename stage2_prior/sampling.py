@@ -48,6 +48,7 @@ class Guidance:
         u = progress if self.shape == "linear" else (1 - math.cos(math.pi * progress)) / 2
         return self.start + (self.stop - self.start) * u
 
+
 @dataclass(frozen=True)
 class DrawOptions:
     """How one code is drawn.

@@ -90,7 +90,7 @@ class SignQuantizer(ScalarQuantizer):
         check_latents(z, self.dim)
         with torch.autocast(z.device.type, enabled=False):
             finite = check_finite(z, self.training)
-            u = self.project(at_least_float32(z).movedim(1, -1))
+            u = self.compared(z).movedim(1, -1)
             digits = (u.detach() > 0).long()
             chosen = self.values(digits).to(u.dtype)
             error = active_mean((u - chosen).square(), active)

@@ -152,7 +152,7 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, aliases: Mapping[str,
     try:
         tree = apply_flags(cls, load_tree(config) if config is not None else {}, edits)
         if wants_help:
-            print(help_text(cls, program or Path(sys.argv[0]).name, tree, aliases))
+            _show(help_text(cls, program or Path(sys.argv[0]).name, tree, aliases))
             raise SystemExit(0)
         parsed = cls.from_dict(tree)
     except ConfigError as error:
@@ -160,6 +160,14 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, aliases: Mapping[str,
     if errors:
         raise ConfigError(errors)
     return parsed, Flags(**flags)
+
+
+def _show(text: str) -> None:
+    """Prints; a reader that closes the pipe before the end, as head does, is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail again
 
 
 class UserError(Exception):

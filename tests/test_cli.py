@@ -226,6 +226,14 @@ def test_config_finds_a_file_first_then_a_shipped_name(tmp_path, monkeypatch):
     assert parse(JobConfig, ["--config", "set/one.yaml"])[0].run == "own"
 
 
+def test_a_reader_that_leaves_before_the_end_of_the_help_is_no_error(root):
+    script = "from intarsia.cli import parse\nfrom tests.test_cli import JobConfig\nparse(JobConfig, ['--help'], program='do' * 100000)"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=root) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(timeout=60) == 0
+
+
 def test_help_lists_every_field_with_value_class_and_doc(capsys, config_file):
     with pytest.raises(SystemExit) as stop:
         parse(JobConfig, ["--help"], program="do")
@@ -306,6 +314,7 @@ def test_a_run_that_fails_ends_with_3_and_says_where(capsys, monkeypatch):
     assert stop.value.code == 3 and capsys.readouterr().err == "error: loss: nan (rank 0, step 7)\n"
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("world", "code"), [("2", 0), ("2", 143), ("1", 0)])
 def test_a_launched_rank_is_not_torn_down_and_says_how_it_ended(world, code):
     """Teardown is made to abort: as threads of a process group may, once all work is done."""

@@ -255,6 +255,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert capsys.readouterr().err == f"error: out: {tmp_path} is not empty and holds no dump of codes; choose another folder\n"
 
 
+@pytest.mark.faults
 def test_real_processes_write_the_bytes_of_one(tmp_path: Path, run_folder: Path, root: Path) -> None:
     """Gate C0 and the dump's promise, by the launcher that users use."""
     words = ["-m", "stage1_tokenizer.encode", "--tokenizer", str(run_folder), "--views", "2", "--shard_rows", "8", "--device", "cpu"]

@@ -249,6 +249,7 @@ TRAINED = {
 }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", [name if name in ("residual", "lfq") else pytest.param(name, marks=pytest.mark.slow) for name in TRAINED])
 def test_c1_two_processes_and_accumulation_train_what_one_process_trains(ranks, tmp_path: Path, name: str) -> None:
     def config(folder: str, **more: object) -> object:

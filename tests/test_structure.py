@@ -304,12 +304,12 @@ def test_a_config_stays_small():
 GATES = ["A1", "A3", "A4", "A5", "B3", "B4", "C0", "C1", "C2", "C3", "D1", "D3", "D5", "D6", "E1", "F1", "F2", "F4"]
 
 
+@pytest.fixture(scope="module")
+def names_of_tests():
+    trees = [tree_of(path) for path in (ROOT / "tests").rglob("test_*.py")]
+    return [node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
 @pytest.mark.parametrize("gate", GATES)
-def test_each_promise_of_reliability_has_a_test_of_its_name(gate):
-    names = [
-        node.name
-        for path in (ROOT / "tests").rglob("test_*.py")
-        for node in ast.walk(tree_of(path))
-        if isinstance(node, ast.FunctionDef)
-    ]
-    assert [name for name in names if re.match(rf"test_(\w\d_and_)*{gate.lower()}_", name)]
+def test_each_promise_of_reliability_has_a_test_of_its_name(gate, names_of_tests):
+    assert [name for name in names_of_tests if re.match(rf"test_(\w\d_and_)*{gate.lower()}_", name)]

@@ -198,7 +198,7 @@ def test_likelihoods_of_large_levels_are_taken_of_fewer_samples_at_once() -> Non
 def test_a_sample_does_not_depend_on_the_batch_that_it_is_in(case: Case) -> None:
     """Gate F4 for the priors."""
     prior = case.build()
-    n = 64
+    n = 32
     everything, labels = case.codes(n), case.cond(n)
     upper = everything[: prior.levels.start]
     options = {"guidance": 2.0} if case.classes else {}
@@ -216,7 +216,7 @@ def test_a_sample_does_not_depend_on_the_batch_that_it_is_in(case: Case) -> None
         assert level.shape == (n, *spec.shape) and level.dtype == torch.int64 and level.min() >= 0 and level.max() < spec.vocab
         assert len(level.flatten(1).unique(dim=0)) > 1
     shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(5))
-    for order, batch in ((ids, 32), (ids.flip(0), n), (shuffled[:46], 23), (shuffled[:21], 7), (shuffled[:4], 1)):
+    for order, batch in ((ids.flip(0), n), (shuffled[:23], 23), (shuffled[:7], 7), (shuffled[7:9], 1)):
         found = drawn(order, batch)
         assert all(torch.equal(a, b[order]) for a, b in zip(found, expected, strict=True)), f"batches of {batch}"
 

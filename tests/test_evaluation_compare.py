@@ -21,8 +21,9 @@ from pipelines.evaluation.settings import choose_reference, measure_samples
 from pipelines.evaluation.timing import Timing
 from pipelines.guidance import GuidanceConfig, sweep
 from pipelines.report import markdown, read_row
+from stage1_tokenizer.metrics import unit
 from tests import tiny_pipelines as tiny
-from tests.test_evaluation_pipeline import Blobs, feature_model
+from tests.test_evaluation_pipeline import Blobs, feature_model, plain_precision_recall
 
 ladders = tiny.ladders  # a fixture
 SMALL: dict[str, Any] = {"n": 60, "bootstrap": 20, "k": 3}
@@ -79,12 +80,14 @@ def test_pipelines_are_compared_on_the_same_classes_and_reference(pair: dict[str
     tree = compare(pair, source, model, config)
     chosen = choose_reference(source, config, True)
     split = source.split("train").batch(chosen.rows)
-    real = fit_gaussian(model((split["x"] + 1) / 2)[0])
+    real = fit_gaussian(model(unit(split["x"]))[0])
     assert torch.equal(split["label"], torch.arange(60) % 4)
     for name, pipeline in pair.items():
         drawn = fit_gaussian(model(pipeline.sample(60, label=torch.arange(60) % 4, seed=0))[0])
         assert tree["pipelines"][name]["frechet"]["value"] == pytest.approx(frechet(real, drawn), rel=1e-6)
-        assert {"precision", "recall", "agreement"} <= set(tree["pipelines"][name])
+        expected = plain_precision_recall(model(unit(split["x"]))[0], model(pipeline.sample(60, label=torch.arange(60) % 4, seed=0))[0], 3)
+        measured = tuple(tree["pipelines"][name][figure]["value"] for figure in ("precision", "recall"))
+        assert measured == pytest.approx(expected) and "agreement" in tree["pipelines"][name]
     values = {name: found["frechet"]["value"] for name, found in tree["pipelines"].items()}
     assert tree["differences"] == {"two": tree["differences"]["two"]}
     assert tree["differences"]["two"]["value"] == pytest.approx(values["two"] - values["one"])
@@ -142,9 +145,12 @@ def test_the_curve_over_guidance_is_that_of_the_samples_and_goes_on_where_it_was
     chosen = choose_reference(source, config, True)
     strong, _ = measure_samples(pair["two"], config, chosen, model, options={"guidance": 2.0})
     assert tree["points"][1]["agreement"]["value"] == pytest.approx(strong.right().double().mean().item())
+    real = model(unit(source.split("train").batch(chosen.rows)["x"]))[0]
+    measured = tuple(tree["points"][1][figure]["value"] for figure in ("precision", "recall"))
+    assert measured == pytest.approx(plain_precision_recall(real, strong.features, 3))
     drawn: list[Any] = []
-    real = guidance.measure_samples
-    monkeypatch.setattr(guidance, "measure_samples", lambda *a, **k: drawn.append(k["options"]["guidance"]) or real(*a, **k))
+    measure = guidance.measure_samples
+    monkeypatch.setattr(guidance, "measure_samples", lambda *a, **k: drawn.append(k["options"]["guidance"]) or measure(*a, **k))
     more = sweep(pair["two"], source, model, config.replace(values=(1.0, 1.5, 2.0)))
     assert drawn == [1.5] and [one["guidance"] for one in more["points"]] == [1.0, 1.5, 2.0]
     assert more["points"][::2] == tree["points"] and json.loads((tmp_path / "guidance.json").read_text()) == more

@@ -17,7 +17,7 @@ from pipelines.evaluation.baseline import IndependentCodes
 from pipelines.evaluation.bits import prior_bits
 from pipelines.evaluation.distances import fit_gaussian, frechet
 from pipelines.evaluation.features import CLASSIFIERS, ClassifierSpec, ConvClassifierConfig, FeatureModel
-from pipelines.evaluation.report import table
+from pipelines.evaluation.report import sample_figures, table
 from pipelines.evaluation.sets import ImageSet, balanced_labels, choose_rows, in_batches, measure, real_batches
 from stage1_tokenizer.data.arrays import ArraySplit
 from stage1_tokenizer.data.base import Source
@@ -110,6 +110,49 @@ def test_the_frechet_distances_are_those_of_the_very_samples(evaluated):
     assert set(figures["agreement"]) == {"samples", "baseline", "reconstructions", "real"}
 
 
+def plain_precision_recall(real: torch.Tensor, drawn: torch.Tensor, k: int) -> tuple[float, float]:
+    """Kynkaanniemi et al. 2019: the share of each set within the k-NN balls of the other."""
+    real, drawn = real.double(), drawn.double()
+    radius = {name: torch.cdist(x, x).sort(1).values[:, k] for name, x in (("real", real), ("drawn", drawn))}
+    apart = torch.cdist(drawn, real)
+    return (apart <= radius["real"]).any(1).double().mean().item(), (radius["drawn"] >= apart.T).any(1).double().mean().item()
+
+
+def test_precision_agreement_and_nearest_images_are_those_of_plain_code(evaluated):
+    pipeline, source, found = evaluated
+    model, asked = feature_model(), balanced_labels(60, 4)
+    train, held = (unit(source.split(name).batch(torch.arange(n))["x"]) for name, n in (("train", 120), ("validation", 40)))
+    drawn = pipeline.sample(60, label=asked, seed=0)
+    back = pipeline.decode(pipeline.encode(held))
+    real = train[choose_rows(source.split("train"), 60, 0, 4)]
+    precision, recall = plain_precision_recall(model(real)[0], model(drawn)[0], 3)
+    figures = found.tree["samples"]["precision_recall"]["samples"]
+    assert precision != recall and (figures["precision"]["value"], figures["recall"]["value"]) == pytest.approx((precision, recall))
+    for space, vectors in (("features", lambda x: model(x)[0]), ("pixels", lambda x: x.flatten(1))):
+        near = {
+            name: torch.cdist(vectors(x).double(), vectors(train).double()).min(1).values.quantile(0.5).item()
+            for name, x in (("samples", drawn), ("reconstructions", back))
+        }
+        middle = found.tree["memorisation"][space]["quantiles"]["0.5"]
+        assert {name: middle[name] for name in near} == pytest.approx(near, rel=1e-4)
+        assert middle["ratio"]["value"] == pytest.approx(middle["samples"] / middle["reconstructions"])
+
+
+def test_agreement_is_a_share_of_that_of_the_reconstructions():
+    draw = torch.Generator().manual_seed(0)
+
+    def made(name: str, right: int) -> ImageSet:
+        labels = torch.arange(20) % 4
+        return ImageSet(name, torch.randn(20, 6, generator=draw), torch.where(torch.arange(20) < right, labels, (labels + 1) % 4), labels)
+
+    sets = {name: made(name, right) for name, right in (("samples", 9), ("baseline", 5), ("reconstructions", 15), ("real", 18))}
+    figures = sample_figures(feature_model(), made("reference", 20), sets, classes=tiny.CLASSES, k=3, replicates=5, seed=0)
+    assert {name: found["value"] for name, found in figures["agreement"].items()} == pytest.approx(
+        {"samples": 0.45, "baseline": 0.25, "reconstructions": 0.75, "real": 0.9}
+    )
+    assert figures["agreement_ratio_to_reconstructions"]["value"] == pytest.approx(0.6)
+
+
 def test_every_figure_says_which_features_how_many_images_and_which_seed(evaluated):
     _, _, found = evaluated
     tree = found.tree
@@ -140,6 +183,11 @@ def test_two_levels_and_two_priors_add_up(evaluated):
     found = evaluate_pipeline(pipeline, source, feature_model(), config(split="validation", reference="validation", balanced=False))
     parts = found.tree["bits"]["priors"]
     assert [part["levels"] for part in parts] == ["top", "bottom"] and [part["codes"] for part in parts] == [4, 16]
+    train = source.split("train").batch(torch.arange(120))
+    baseline = IndependentCodes(pipeline.spec.levels, pipeline.tokenizer.encode(train["x"]), train["label"], 4)
+    held = source.split("validation").batch(torch.arange(40))
+    independent = [level.sum(1).mean().item() for level in baseline.bits(pipeline.tokenizer.encode(held["x"]), held["label"])]
+    assert [part["baseline_bits_per_code"]["value"] * part["codes"] for part in parts] == pytest.approx(independent)
     assert sum(part["bits_per_image"] for part in parts) == pytest.approx(found.tree["bits"]["total"]["bits_per_image"])
     batch = source.split("validation").batch(torch.arange(40))
     codes = pipeline.tokenizer.encode(batch["x"])

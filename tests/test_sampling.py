@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from stage2_prior.sampling import DrawOptions, choose_options, draw, filtered, guide
+from stage2_prior.sampling import DrawOptions, Guidance, choose_options, draw, filtered, guide
 
 
 def brute_force(logits: list[float], options: DrawOptions) -> list[float]:
@@ -36,6 +36,22 @@ def test_the_filtered_distribution_is_that_of_brute_force(temperature: float, to
     got = torch.softmax(filtered(logits, options), -1)
     expected = torch.tensor([brute_force(row, options) for row in logits.tolist()], dtype=torch.float64)
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("min_p", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("top_p", [None, 0.6])
+def test_min_p_keeps_what_is_at_least_that_share_as_probable_as_the_best(min_p: float, top_p: float | None) -> None:
+    logits = torch.randn(40, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    before = torch.softmax(filtered(logits, DrawOptions(0.7, top_p=top_p)), -1)
+    expected = torch.where(before >= min_p * before.amax(-1, keepdim=True) * (1 - 1e-12), before, 0.0)
+    got = torch.softmax(filtered(logits, DrawOptions(0.7, top_p=top_p, min_p=min_p)), -1)
+    torch.testing.assert_close(got, expected / expected.sum(-1, keepdim=True), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("shape", "values"), [("linear", [1.0, 1.5, 2.0, 3.0]), ("cosine", [1.0, 2 - 0.5**0.5, 2.0, 3.0])])
+def test_guidance_goes_from_start_to_stop_in_its_shape(shape: str, values: list[float]) -> None:
+    schedule = Guidance(1.0, 3.0, shape)
+    assert [schedule.at(u) for u in (0.0, 0.25, 0.5, 1.0)] == pytest.approx(values)
 
 
 def test_codes_that_tie_with_the_kth_are_kept() -> None:

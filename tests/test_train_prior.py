@@ -21,6 +21,7 @@ from intarsia.rng import StepRng
 from intarsia.specs import Cond, LevelSpec, SignalSpec
 from stage2_prior import evaluate, train
 from stage2_prior.priors.base import Prior
+from stage2_prior.priors.gpt import GPTPrior
 from tests.tiny_priors import TINY
 
 LEVELS = (LevelSpec("top", 4, (2, 2)), LevelSpec("bottom", 6, (4, 4)))
@@ -121,6 +122,14 @@ def test_a_prior_learns_the_structure_of_its_codes_and_is_released(codes: Path, 
     )
     if prior["levels"] == "0:1":
         assert ((drawn[0] // 2) == labels[:, None, None]).float().mean() > 0.9
+
+
+def test_validation_is_of_the_first_samples_where_they_are_limited(codes: Path, tmp_path: Path) -> None:
+    train.train(config(tmp_path, codes, steps=2, validation_samples=5, log={"validate_every": 2}), Flags())
+    prior = GPTPrior.from_pretrained(tmp_path / "model").eval()
+    (top, _), label = structured(37, 1)
+    bits = prior.nll([top[:5]], Cond(label=label[:5])).mean().item() / math.log(2)
+    assert validation_bits(tmp_path) == pytest.approx([bits], rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["gpt", "pixelcnn", "maskgit"])

@@ -16,6 +16,7 @@ from intarsia.rng import StepRng
 from intarsia.specs import Cond
 from stage2_prior.priors.autoregressive import AutoregressivePrior
 from stage2_prior.priors.base import PRIORS, Prior
+from stage2_prior.sampling import Guidance
 from tests.tiny_priors import CASES, TINY, Case, Leaves
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -219,6 +220,24 @@ def test_a_sample_does_not_depend_on_the_batch_that_it_is_in(case: Case) -> None
     for order, batch in ((ids.flip(0), n), (shuffled[:23], 23), (shuffled[:7], 7), (shuffled[7:9], 1)):
         found = drawn(order, batch)
         assert all(torch.equal(a, b[order]) for a, b in zip(found, expected, strict=True)), f"batches of {batch}"
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.classes and issubclass(PRIORS.get(c.type), AutoregressivePrior)], ids=str)
+def test_a_guidance_schedule_ends_at_the_last_position_of_each_level(case: Case) -> None:
+    prior = case.build()
+    upper = [c[:4] for c in case.codes(4)[: prior.levels.start]]
+    seen: list[list[float]] = [[] for _ in prior.own]
+
+    class Recorded(Guidance):
+        def at(self, progress: float) -> float:
+            seen[int(self.stop)].append(progress)
+            return super().at(progress)
+
+    options = {level.name: Recorded(1.5, i) for i, level in enumerate(prior.own)}
+    prior.sample(torch.arange(4), upper=upper, cond=case.cond(4), seed=0, guidance=options)
+    for found, level in zip(seen, prior.own, strict=True):
+        once = list(dict.fromkeys(found))  # the digits of a code share its guidance
+        assert once == pytest.approx([i / max(1, level.positions - 1) for i in range(level.positions)])
 
 
 @one_of_each

@@ -4,7 +4,7 @@
 
 * ours: ``VQ`` with its defaults (restarts included);
 * textbook: the distance matrix, one-hot assignments and products with them, as in most tutorials;
-* peer: vector-quantize-pytorch with the same settings, without restarts;
+* peer: vector-quantize-pytorch with the same settings, without restarts (and without its rotation trick, which ours has off too);
 * the floor: ``z @ E.T``, written to a fresh N x K matrix.
 
 Latents are the output of a network, (8, D, 32, 32) in channels-last layout, and the loss is that of a decoder plus the quantiser's own.
@@ -91,7 +91,8 @@ def peer(codes: int, dim: int, device: str) -> Callable[[], None]:
     from vector_quantize_pytorch import VectorQuantize
 
     torch.manual_seed(0)
-    options = {"decay": 0.99, "commitment_weight": 0.25, "kmeans_init": False, "threshold_ema_dead_code": 0, "accept_image_fmap": True}
+    options = {"decay": 0.99, "commitment_weight": 0.25, "kmeans_init": False, "threshold_ema_dead_code": 0, "rotation_trick": False}
+    options["accept_image_fmap"] = True
     quantizer = VectorQuantize(dim=dim, codebook_size=codes, **options).to(device).train()
     z = latents(dim, device)
 

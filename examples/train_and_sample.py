@@ -15,6 +15,7 @@ from stage2_prior import PixelCNNConfig, PixelCNNPrior
 
 def main(folder: str = "runs/example", images: int = 10_000, tokenizer_steps: int = 2000, prior_steps: int = 2000) -> None:
     source = SOURCES.build(BundledConfig())
+    images = min(images, len(source.split("train")))
     data = source.split("train").batch(torch.arange(images))
     order = Order(images, batch_size=32, seed=0)
 

@@ -63,7 +63,7 @@ def read_row(folder: str) -> Row:
             "n": str(counts["samples"]),
             "reference": f"{counts['reference']} {tree['reference']}",
             "split": tree["split"],
-            "data": tree["data"].get("name") or tree["data"]["type"],
+            "data": f"{tree['data'].get('name') or tree['data']['type']} {tree['data']['splits'][tree['split']]['sha256'][:8]}",
         }
         return Row(folder, basis, _cells(tree, figures, spent))
     except (KeyError, TypeError, AttributeError) as error:

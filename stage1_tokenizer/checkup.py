@@ -59,7 +59,7 @@ def examine(tokenizer: Tokenizer, objective: Objective, split: Split, samples: i
         samples: as in ``DoctorConfig``.
 
     Raises:
-        ValueError: for a vocabulary whose use by position would not fit into memory.
+        ValueError: for a vocabulary whose use by position would not fit into memory, or a tokenizer whose codes no Quantizer makes.
     """
     was_training = tokenizer.training
     tokenizer.eval()
@@ -70,13 +70,15 @@ def examine(tokenizer: Tokenizer, objective: Objective, split: Split, samples: i
         if level.vocab * level.positions > MOST_COUNTED:
             counted = f"{level.vocab} codes at {level.positions} positions are more than the {MOST_COUNTED} that are counted"
             raise ValueError(f"level {level.name}: {counted}")
+    quantizers = level_quantizers(tokenizer, split.batch(rows[:1])["x"].to(tokenizer.device, tokenizer.dtype))
+    if quantizers is None:
+        raise ValueError(f"tokenizer: a {tokenizer.type_name} does not call one Quantizer for each level, which is what is examined here")
     counts = [torch.zeros(level.vocab, level.positions, dtype=torch.int64) for level in levels]
     sums = [LatentSums() for _ in levels]
     for part in rows.split(BATCH):
         look(tokenizer, split.batch(part)["x"].to(tokenizer.device, tokenizer.dtype), counts, sums)
     shown = rows[torch.linspace(0, len(rows) - 1, min(CURVE, len(rows))).round().long().unique()]
     x = split.batch(shown)["x"].to(tokenizer.device, tokenizer.dtype)
-    quantizers = level_quantizers(tokenizer, x)
     swaps = _swap_costs(tokenizer, x)
 
     facts, pairs = [], []

@@ -88,7 +88,7 @@ class Health(nn.Module):
 
         Returns:
             health/usage, health/perplexity, health/dead and health/drift of each level. Drift is the root mean square distance that
-            the codes' vectors went since the last look, as a share of their own root mean square.
+            the codes' vectors went since the last look, as a share of their own root mean square; a level without a Quantizer has none.
 
         Raises:
             RunError: collapse is "stop" and it has.
@@ -99,17 +99,21 @@ class Health(nn.Module):
         figures: dict[str, Tensor] = {}
         collapsed: list[tuple[int, str]] = []
         self.fold(comm)
-        tables = share_tables([(self._buffer("counts", i).clone(), quantizers[i]) for i in self.watched])
+        counted = [self._buffer("counts", i).clone() for i in self.watched]
+        if quantizers is None:
+            tables: Sequence[tuple[Tensor, Tensor | None]] = [(counts, counts) for counts in counted]
+        else:
+            tables = share_tables([(counts, quantizers[i]) for i, counts in zip(self.watched, counted, strict=True)])
         for i, (counts, table) in zip(self.watched, tables, strict=True):
-            level, quantizer = self.levels[i], quantizers[i]
+            level, quantizer = self.levels[i], quantizers[i] if quantizers else None
             self._buffer("counts", i).zero_()
             suffix = f"/{level.name}" if len(self.levels) > 1 else ""
             if counts.sum() == 0:
                 continue
             found = code_statistics(counts, level)
-            open_codes = quantizer.codes_in_use(level.vocab)
+            open_codes = quantizer.codes_in_use(level.vocab) if quantizer else level.vocab
             facts = {"usage": found.used / open_codes, "perplexity": found.perplexity, "dead": open_codes - found.used}
-            drift = self._drift(i, quantizer)
+            drift = self._drift(i, quantizer) if quantizer else None
             facts |= {} if drift is None else {"drift": drift}
             figures |= {f"health/{name}{suffix}": torch.tensor(float(value)) for name, value in facts.items()}
             if table is None:  # judged with the first level of this codebook
@@ -131,19 +135,19 @@ class Health(nn.Module):
             return None
         return float((vectors - before).square().mean().sqrt() / before.square().mean().sqrt().clamp_min(1e-12))
 
-    def _act(self, collapsed: list[tuple[int, str]], quantizers: list[Quantizer], reinitialize: Callable[[], None], say: Any) -> None:
+    def _act(self, collapsed: list[tuple[int, str]], quantizers: list[Quantizer] | None, reinitialize: Any, say: Any) -> None:
         tell = (lambda line: None) if self.config.quiet else say
         if self.config.collapse == "stop":
             raise RunError(f"collapse: {'; '.join(what for _, what in collapsed)}; try: {COLLAPSE}")
         applied = False
         for i, what in collapsed:
-            remedies = quantizers[i].remedies()
+            remedies = quantizers[i].remedies() if quantizers else ()
             stage = int(self.stage[i])
             if self.config.collapse == "warn":
                 tell(f"collapse: {what}; try: {COLLAPSE}, or health.collapse: auto")
             elif stage >= len(remedies):
                 tell(f"collapse: {what}; all remedies are applied ({', '.join(remedies) or 'there is none for it'}); try: {COLLAPSE}")
-            else:
+            elif quantizers:
                 quantizers[i].remedy(remedies[stage])
                 self.stage[i] += 1
                 applied = True
@@ -157,7 +161,7 @@ class Health(nn.Module):
         zeros = torch.zeros(1, signal.channels, *signal.shape, device=tokenizer.device, dtype=tokenizer.dtype)
         if not bool(self.stage.any()):
             return
-        for quantizer, stage in zip(level_quantizers(tokenizer, zeros), self.stage.tolist(), strict=True):
+        for quantizer, stage in zip(level_quantizers(tokenizer, zeros) or [], self.stage.tolist(), strict=True):
             for remedy in quantizer.remedies()[:stage]:
                 quantizer.remedy(remedy, again=True)
 

@@ -130,6 +130,7 @@ def rate_distortion(tokenizer: Tokenizer, x: Tensor, counts: Sequence[Tensor]) -
         rows of ``kind`` ("all", "levels 0:n", "level NAME, m codes"), ``bits`` and ``psnr``.
     """
     levels, quantizers = tokenizer.level_specs(), level_quantizers(tokenizer, x)
+    assert quantizers is not None
     codes = tokenizer.encode(x)
 
     def point(kind: str, given: Sequence[Tensor]) -> dict[str, float | str]:
@@ -156,14 +157,14 @@ def rate_distortion(tokenizer: Tokenizer, x: Tensor, counts: Sequence[Tensor]) -
 
 
 @torch.no_grad()
-def level_quantizers(tokenizer: Tokenizer, x: Tensor) -> list[Quantizer]:
-    """The innermost quantiser of each level, as a forward of one signal calls them."""
+def level_quantizers(tokenizer: Tokenizer, x: Tensor) -> list[Quantizer] | None:
+    """The innermost quantiser of each level, as a forward of one signal calls them; None for a tokenizer that gets its codes otherwise."""
     was_training = tokenizer.training
     tokenizer.eval()
     with probe(innermost(tokenizer)) as calls:
         tokenizer(x[:1])
     tokenizer.train(was_training)
-    return [call.quantizer for call in calls]
+    return [call.quantizer for call in calls] if len(calls) == len(tokenizer.level_specs()) else None
 
 
 def gradients(tokenizer: Tokenizer, objective: Objective, x: Tensor) -> dict[str, dict[str, float]]:

@@ -70,6 +70,8 @@ def train(config: TokenizerTrainConfig, flags: Flags) -> None:
         run.check_space(shapes, space_needed(shapes, source, views=1))
         tokenizer = TOKENIZERS.build(config.tokenizer, source.signal)
         objective = OBJECTIVES.build(config.objective).to(run.device, run.dtype)
+        if any(p.requires_grad for p in objective.parameters()):
+            raise ConfigError([f"objective: a {config.objective.type_name} has parameters to train; no critic is trained yet: freeze them"])
         if config.train == "decoder":
             freeze_codes(tokenizer)
         model = run.prepare(tokenizer)

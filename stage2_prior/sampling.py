@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{name}: {value!r}; expected a finite number")
     return float(value)
 
@@ -74,7 +75,7 @@ class DrawOptions:
             raise ValueError(f"temperature: {self.temperature!r}; expected a number >= 0 (0 takes the most probable code)")
         if 0 < self.temperature < LEAST_TEMPERATURE:  # logits divided by less would leave float32
             raise ValueError(f"temperature: {self.temperature!r}; expected 0, or at least {LEAST_TEMPERATURE:g}")
-        if self.top_k is not None and (isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1):
+        if self.top_k is not None and (isinstance(self.top_k, bool) or not isinstance(self.top_k, Integral) or self.top_k < 1):
             raise ValueError(f"top_k: {self.top_k!r}; expected a whole number >= 1")
         if self.top_p is not None and not 0 < _number("top_p", self.top_p) <= 1:
             raise ValueError(f"top_p: {self.top_p!r}; expected a number in (0, 1]")
@@ -148,7 +149,7 @@ def guide(cond: Tensor, null: Tensor, guidance: float | Tensor) -> Tensor:
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """(B, V) with -inf wherever a logit is below the k-th largest of its row."""
-    threshold = logits.topk(k, dim=-1).values[:, -1:]
+    threshold = logits.topk(int(k), dim=-1).values[:, -1:]
     return logits.masked_fill(logits < threshold, -math.inf)
 
 

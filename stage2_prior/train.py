@@ -116,6 +116,9 @@ def start(run: Run, config: PriorTrainConfig, prior: Prior) -> None:
     if found:
         raise ConfigError([f"{path}: {new!r}, but init ({config.init}) was made with {old!r}" for path, old, new in found])
     check_match(release.spec.levels, release.spec.fingerprint, prior.spec, f"init ({config.init})")
+    if release.conditional and release.spec.classes != prior.spec.classes:
+        known, given = (", ".join(spec.classes) or "none" for spec in (release.spec, prior.spec))
+        raise ConfigError([f"codes: the classes are {given}, but init ({config.init}) was trained with {known}"])
     prior.load_state_dict(release.state_dict())
     run.weights_changed()
 

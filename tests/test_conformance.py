@@ -190,6 +190,10 @@ def test_the_command_line_checks_types_and_classes_of_ones_own(capsys: pytest.Ca
     main(["fsq", "--config", str(tmp_path / "fsq.yaml")])
     out = capsys.readouterr().out
     assert "K=20" in out and re.search(r"skipped moving_averages +it has no moving averages", out) and "0 failed" in out
+    main(["stage1_tokenizer.quantizers.fsq:FSQ", "--levels", "[5, 4]"])
+    assert "K=20" in capsys.readouterr().out
+    with pytest.raises(UserError, match="FSQConfig: a configuration; name the class that is registered with it"):
+        main(["stage1_tokenizer.quantizers.fsq:FSQConfig"])
     main(["tests.plain_vq:PlainVQ"])
     assert "PlainVQ()" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:

@@ -184,7 +184,12 @@ def test_wrong_columns_are_named(options: dict[str, object], words: str, tmp_pat
 
 @pytest.mark.parametrize(
     ("labels", "words"),
-    [([0, 1, -1, 1], r"sample 2: label -1; expected \[0, 1\]"), ([0, 1, None, 1], "row 2: None"), ([True] * 4, "row 0: True")],
+    [
+        ([0, 1, -1, 1], r"sample 2: label -1; expected \[0, 1\]"),
+        ([0, 1, None, 1], "row 2: None"),
+        ([True] * 4, "row 0: True"),
+        ([0, 30_000_000, 1, 1], "30000000; expected class numbers below 65536"),
+    ],
 )
 def test_wrong_labels_are_named(labels: list[object], words: str, tmp_path: Path) -> None:
     data = datasets.Dataset.from_dict({"image": [png(i) for i in range(4)], "label": labels})

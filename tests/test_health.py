@@ -9,16 +9,21 @@ import pytest
 import torch
 
 from intarsia.cli import RunError
+from intarsia.config import ConfigError
 from intarsia.distributed import Comm, comm
 from intarsia.rng import StepRng
 from intarsia.specs import SignalSpec
+from stage1_tokenizer.checkup import examine
 from stage1_tokenizer.health import Health, HealthConfig
+from stage1_tokenizer.objectives.base import OBJECTIVES
+from stage1_tokenizer.objectives.reconstruction import Reconstruction, ReconstructionConfig
 from stage1_tokenizer.quantizers.lfq import LFQConfig
 from stage1_tokenizer.quantizers.residual import ResidualConfig
 from stage1_tokenizer.quantizers.vq import VQ, VQConfig
+from stage1_tokenizer.tokenizers.base import TokenizerOutput
 from stage1_tokenizer.tokenizers.vqvae import VQVAE, VQVAEConfig
 from stage1_tokenizer.train import TokenizerTrainConfig
-from tests.training import NET, TOKENIZER, Left, run_training, tiny
+from tests.training import NET, TOKENIZER, Left, Toy, ToyConfig, run_training, tiny
 
 SIGNAL = SignalSpec("image", 1, (8, 8))
 
@@ -36,6 +41,38 @@ def tokenizer(quantizer: object = None) -> VQVAE:
 
 def never() -> None:
     raise AssertionError("no codebook was to be set anew")
+
+
+class Rounding(VQVAE):
+    """Codes that no Quantizer of the library makes."""
+
+    def forward(self, x: torch.Tensor, cond: object = None, rng: object = None) -> TokenizerOutput:
+        codes = (x[:, 0, ::4, ::4] > 0).long()
+        return TokenizerOutput(x, (codes,), x.new_zeros(()))
+
+
+def test_a_tokenizer_without_a_quantizer_is_watched_by_its_codes_alone() -> None:
+    model = Rounding(VQVAEConfig(net=NET, quantizer=VQConfig(codes=8, dim=4, init="normal")), SIGNAL)
+    for collapse, words in (("warn", "1 of 8 codes used"), ("auto", "there is none for it")):
+        health, said = Health(HealthConfig(usage=0.5, collapse=collapse), model), []
+        for _ in range(2):
+            health.count([torch.zeros(8, 2, 2, dtype=torch.int64)])
+            figures = health.look(model, comm, never, said.append)
+        assert figures["health/usage"] == 1 / 8 and "health/drift" not in figures and len(said) == 2 and words in said[0]
+        health.restore(model)
+    with pytest.raises(ValueError, match="does not call one Quantizer for each level"):
+        examine(model, Reconstruction(ReconstructionConfig()), Toy(ToyConfig()).split("train"), samples=8)
+
+
+def test_an_objective_with_something_to_train_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Critic(Reconstruction):
+        def __init__(self, config: ReconstructionConfig) -> None:
+            super().__init__(config)
+            self.critic = torch.nn.Linear(2, 1)
+
+    monkeypatch.setattr(OBJECTIVES, "build", Critic)
+    with pytest.raises(ConfigError, match="objective: a reconstruction has parameters to train; no critic is trained yet"):
+        run_training(tiny(tmp_path, steps=2))
 
 
 def test_figures_are_those_of_all_codes_since_the_last_look() -> None:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -52,6 +53,12 @@ def test_min_p_keeps_what_is_at_least_that_share_as_probable_as_the_best(min_p: 
 def test_guidance_goes_from_start_to_stop_in_its_shape(shape: str, values: list[float]) -> None:
     schedule = Guidance(1.0, 3.0, shape)
     assert [schedule.at(u) for u in (0.0, 0.25, 0.5, 1.0)] == pytest.approx(values)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    logits = torch.randn(8, 9, generator=torch.Generator().manual_seed(4))
+    plain, numpy = DrawOptions(0.5, 4, 0.75), DrawOptions(np.float32(0.5), np.int64(4), np.float32(0.75))
+    assert torch.equal(filtered(logits, plain), filtered(logits, numpy))
 
 
 def test_codes_that_tie_with_the_kth_are_kept() -> None:

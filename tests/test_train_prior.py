@@ -41,7 +41,9 @@ def codes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("codes") / "codes")
 
 
-def write(folder: Path, fingerprint: str = "a" * 64, labelled: bool = True, rows: int = 96) -> Path:
+def write(
+    folder: Path, fingerprint: str = "a" * 64, labelled: bool = True, rows: int = 96, classes: tuple[str, ...] = ("even", "odd")
+) -> Path:
     splits: dict[str, Any] = {"train": structured(rows, 0), "validation": structured(37, 1)}
     if not labelled:
         splits = {name: (c, None) for name, (c, _) in splits.items()}
@@ -51,7 +53,7 @@ def write(folder: Path, fingerprint: str = "a" * 64, labelled: bool = True, rows
         LEVELS,
         signal=SignalSpec("image", 1, (8, 8)),
         tokenizer={"type": "vqvae", "fingerprint": fingerprint},
-        classes=("even", "odd") if labelled else (),
+        classes=classes if labelled else (),
     )
     return folder
 
@@ -151,6 +153,9 @@ def test_init_starts_from_a_release_and_refuses_one_that_does_not_fit(codes: Pat
     assert distance(first.state_dict(), second.state_dict()) < 1e-9
     with pytest.raises(ConfigError, match=r"prior.width: 32, but init \(.*first\) was made with 16"):
         train.train(config(tmp_path / "third", codes, prior={"width": 32}, init=str(tmp_path / "first")), Flags())
+    renamed = write(tmp_path / "renamed", classes=("odd", "even"))
+    with pytest.raises(ConfigError, match=r"codes: the classes are odd, even, but init \(.*first\) was trained with even, odd"):
+        train.train(config(tmp_path / "renamed-run", renamed, init=str(tmp_path / "first")), Flags())
     other = write(tmp_path / "other", "b" * 64)
     with pytest.raises(CodesError, match=f"init .*made by the tokenizer {'a' * 64}; expected {'b' * 64}"):
         train.train(config(tmp_path / "fourth", other, init=str(tmp_path / "first")), Flags())

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 READERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+MOST_CLASSES = 1 << 16  # numbers beyond are rather identifiers than classes
 USUAL = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 
@@ -119,7 +120,11 @@ class HubSource(DecodedSource):
         feature = next(iter(sets.values())).features[column]
         if isinstance(feature, ClassLabel):
             classes = tuple(feature.names)
+        elif len(kinds := {type(v).__name__ for each in values.values() for v in each}) > 1:
+            raise DataError(f"data.label: column {column!r} holds both {' and '.join(sorted(kinds))}; expected one of them")
         elif isinstance(values["train"][0], int):
+            if (largest := max(max(v) for v in values.values())) >= MOST_CLASSES:
+                raise DataError(f"data.label: {largest}; expected class numbers below {MOST_CLASSES}, or names (a column of strings)")
             classes = tuple(str(i) for i in range(max(max(v) for v in values.values()) + 1))
         else:
             classes = tuple(sorted(set(values["train"])))

@@ -29,5 +29,5 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def critic_loss(self, out: TokenizerOutput, x: Tensor, step: int, rng: StepRng) -> tuple[Tensor, Mapping[str, Tensor]] | None:
-        """The loss of the critic, where there is one."""
+        """The loss of the critic, where there is one. Not called yet: training refuses an objective with parameters to train."""
         return None

@@ -136,8 +136,9 @@ class Quantizer(nn.Module):
         return z
 
     def code_tensors(self) -> dict[str, Tensor]:
-        """The tensors that decide what a code is and means; running sums and counts are none of them."""
-        return dict(self.named_parameters())
+        """The tensors that decide what a code is and means: the fingerprint is theirs. All parameters and saved buffers but
+        ``initialized``; a type whose running sums or counts decide nothing leaves them out."""
+        return {name: t for name, t in self.state_dict(keep_vars=True).items() if name.split(".")[-1] != "initialized"}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves to another device or to float64, never to half precision: codebooks stay float32 or wider."""

@@ -73,6 +73,9 @@ class SignQuantizer(ScalarQuantizer):
         self.register_buffer("usage", torch.cat([torch.full((size,), 1.0 / size) for size in self.sizes]))
         self._pending: dict[str, Tensor] = {}
 
+    def code_tensors(self) -> dict[str, Tensor]:
+        return {}  # the running mean is the entropy's; a code is its signs
+
     def extra_repr(self) -> str:
         return f"bits={self.config.bits}, K={self.vocab}, beta={self.config.beta}, entropy={self.config.entropy}"
 

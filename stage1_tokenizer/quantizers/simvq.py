@@ -58,9 +58,6 @@ class SimVQ(CodebookQuantizer):
     def extra_repr(self) -> str:
         return f"K={self.config.codes}, D={self.config.dim}, beta={self.config.beta}"
 
-    def code_tensors(self) -> dict[str, Tensor]:
-        return {**super().code_tensors(), "basis": self.basis}
-
     def vectors(self) -> Tensor:
         return self.map(self.basis)  # type: ignore[no-any-return]
 

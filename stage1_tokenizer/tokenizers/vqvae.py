@@ -35,6 +35,8 @@ class VQVAE(Tokenizer):
         super().__init__(config, signal)
         self.quantizer = QUANTIZERS.build(config.quantizer)
         self.net = NETS.build(config.net, signal)
+        if not isinstance(getattr(self.net, "encoder", None), nn.Module):
+            raise ValueError(f"tokenizer.net: a {config.net.type_name} has no module 'encoder'; the fingerprint is taken of it")
         conv = CONV[len(signal.shape)]
         self.to_codes = conv(self.net.width, self.quantizer.dim, 1)
         self.from_codes = conv(self.quantizer.dim, self.net.width, 3, padding=1)
@@ -57,10 +59,7 @@ class VQVAE(Tokenizer):
 
     def code_path(self) -> dict[str, nn.Module]:
         """The modules that decide the codes of a signal; ``init`` with a frozen code path trains the rest."""
-        modules: dict[str, nn.Module] = {"to_codes": self.to_codes, "quantizer": self.quantizer}
-        if isinstance(encoder := getattr(self.net, "encoder", None), nn.Module):
-            modules["net.encoder"] = encoder
-        return modules
+        return {"to_codes": self.to_codes, "quantizer": self.quantizer, "net.encoder": self.net.encoder}
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}

@@ -1,6 +1,7 @@
 """``python -m stage1_tokenizer.quantizers.conformance TYPE [--config FILE] [--field value ...] [--processes]``.
 
-TYPE is a registered type, whose fields are flags, or ``module:name`` for what makes a quantiser of one's own when it is called.
+TYPE is a registered type, whose fields are flags, or ``module:name``: a registered class of one's own, likewise, or what makes a
+quantiser when it is called.
 Ends with 1 where a check fails.
 """
 
@@ -25,6 +26,8 @@ def find(name: str) -> Callable[[], Quantizer]:
         made: Any = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{name}: {error}") from None
+    if isinstance(made, type) and issubclass(made, QuantizerConfig):
+        raise UserError(f"{name}: a configuration; name the class that is registered with it")
     if not callable(made):
         raise UserError(f"{name}: a {type(made).__name__}; expected what makes a quantiser when it is called")
     return made  # type: ignore[no-any-return]
@@ -40,9 +43,12 @@ def main(argv: list[str] | None = None) -> None:
     words = [word for word in words if word != "--processes"]
     subject: QuantizerConfig | Callable[[], Quantizer]
     if ":" in kind:
-        if words:
-            raise UserError(f"{words[0]}: {kind} takes no fields")
         subject = find(kind)
+        registered = getattr(subject, "type_name", None)
+        if isinstance(subject, type) and issubclass(subject, Quantizer) and registered in QUANTIZERS.names():
+            subject, _ = parse(QUANTIZERS.config(registered), words, program=f"{PROGRAM} {kind}")
+        elif words:
+            raise UserError(f"{words[0]}: {kind} takes no fields")
     else:
         subject, _ = parse(QUANTIZERS.config(kind), words, program=f"{PROGRAM} {kind}")
     report = check(subject, processes=processes)

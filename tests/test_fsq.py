@@ -58,6 +58,16 @@ def test_codes_are_little_endian_numbers_of_the_digits() -> None:
     assert q.dim == 3 and q.level_specs("top", (4, 4)) == (LevelSpec("top", 240, (4, 4), levels),)
 
 
+@pytest.mark.parametrize("levels", [(9, 3), (3, 9), (5, 5)])
+def test_what_is_left_fills_the_range_again_after_shrink(levels: tuple[int, ...]) -> None:
+    """What a residual stage leaves, magnified by 1 / shrink, is within [-1, 1] in all dimensions, and reaches it in one."""
+    q = FSQ(FSQConfig(levels=levels))
+    inside = torch.linspace(-1, 1, 2001).expand(2, -1)  # bounded latents, between the outermost values
+    values = [torch.linspace(-1, 1, size) for size in levels]
+    left = torch.stack([(row[:, None] - value).abs().amin(1).max() for row, value in zip(inside, values, strict=True)])
+    assert left.max().item() / q.shrink == pytest.approx(1, abs=1e-3)
+
+
 def test_every_code_is_reached_by_some_latent() -> None:
     q = FSQ(FSQConfig(levels=(8, 5, 4)))
     z = torch.rand(40000, 3, 1) * 8 - 4

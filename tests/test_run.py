@@ -115,25 +115,30 @@ def go(folder: Path, flags: Flags | None = None, loader: Any = None, figures: An
 
 
 # What is trained -------------------------------------------------------------------------------------------------
-def test_the_loop_equals_plain_torch(tmp_path):
-    left = go(tmp_path / "run", optim={"clip": 0.5, "warmup": 3})
+@pytest.mark.parametrize(("clip", "betas"), [(0.5, (0.9, 0.99)), (0.0, (0.8, 0.95))])
+def test_the_loop_equals_plain_torch(tmp_path, clip, betas):
+    left = go(tmp_path / "run", optim={"clip": clip, "warmup": 3, "betas": betas, "average": 0.7})
     torch.manual_seed(0)
     toy, loader = Toy(), Vectors()
     order = Parts(30, 6, 1, 0, 0, 1).order
-    optimizer = torch.optim.AdamW(toy.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
-    losses = []
+    optimizer = torch.optim.AdamW(toy.parameters(), betas=betas, weight_decay=0.0)
+    losses, average = [], {name: p.detach().clone() for name, p in toy.named_parameters()}
     for step in range(12):
         loss, _ = toy(loader.batch(order.indices(step), order.epochs(step))["x"])
         loss.backward()
-        nn.utils.clip_grad_norm_(toy.parameters(), 0.5)
+        nn.utils.clip_grad_norm_(toy.parameters(), clip or math.inf)
         lr = 1e-2 * (step + 1) / 3 if step < 3 else 1e-2 * (1 + math.cos(math.pi * (step - 3) / 9)) / 2
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
         toy.update()
         losses.append(loss.item())
+        decay = min(0.7, (1 + step) / (10 + step))
+        average = {name: decay * average[name] + (1 - decay) * p.detach() for name, p in toy.named_parameters()}
     for name, tensor in toy.state_dict().items():
         torch.testing.assert_close(left.tensors[f"module/{name}"], tensor, rtol=1e-5, atol=1e-6)
+    for name, tensor in average.items():
+        torch.testing.assert_close(left.tensors[f"average/{name}"], tensor, rtol=1e-5, atol=1e-6)
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
     means = [(losses[i] + losses[i + 1]) / 2 for i in range(0, 12, 2)]

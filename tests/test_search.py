@@ -102,6 +102,8 @@ def test_kmeans_lowers_the_distortion_and_leaves_no_two_centres_equal() -> None:
         return torch.cdist(rows, c).amin(1).square().mean().item()
 
     assert distortion(centres) < 0.8 * distortion(first)
+    once, _ = kmeans(rows, 50, step_rng(0, 0), iterations=1)
+    assert distortion(centres) < 0.95 * distortion(once)
     assert counts.sum() == 2000
     few, _ = kmeans(rows[:10], 50, step_rng(0, 0))
     assert few.unique(dim=0).shape[0] == 50

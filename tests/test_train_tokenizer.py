@@ -85,14 +85,15 @@ def test_bf16_trains_too(tmp_path):
 
 
 # Validation and release ------------------------------------------------------------------------------------------
-def test_validation_figures_are_those_of_the_released_tokenizer_over_the_whole_split(tmp_path):
-    config = tiny(tmp_path, steps=10, log=EVERY)
+@pytest.mark.parametrize("limit", [0, 4])
+def test_validation_figures_are_those_of_the_released_tokenizer_over_the_split_or_its_first_samples(tmp_path, limit):
+    config = tiny(tmp_path, steps=10, log=EVERY, validation_samples=limit)
     run_training(config)
     lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "validation/psnr" in line]
     best = max(lines, key=lambda line: line["validation/psnr"])
     assert [line["step"] for line in lines] == [5, 10] and best["step"] == 10
     tokenizer = Tokenizer.from_pretrained(tmp_path / "model")
-    x = SOURCES.build(config.data).split("validation").batch(torch.arange(11))["x"]
+    x = SOURCES.build(config.data).split("validation").batch(torch.arange(limit or 11))["x"]
     codes = tokenizer.encode(x)
     assert psnr(unit(x), unit(tokenizer.decode(codes))).mean() == pytest.approx(best["validation/psnr"], abs=1e-9)
     assert best["validation/usage"] == len(codes[0].unique()) / 24

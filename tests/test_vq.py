@@ -16,6 +16,7 @@ from intarsia.distributed import comm
 from intarsia.rng import StepRng
 from stage1_tokenizer.quantizers.base import QUANTIZERS
 from stage1_tokenizer.quantizers.entropy import EntropyConfig
+from stage1_tokenizer.quantizers.search import kmeans
 from stage1_tokenizer.quantizers.vq import VQ, VQConfig
 
 VARIANTS = [
@@ -178,6 +179,17 @@ def test_which_latents_restart_codes_does_not_depend_on_the_order_of_samples() -
 def test_restarts_need_the_random_numbers_of_the_step() -> None:
     with pytest.raises(ValueError, match="StepRng"):
         VQ(VQConfig(codes=4, dim=4))(torch.randn(2, 4, 3))
+
+
+@pytest.mark.parametrize("config", [VQConfig(codes=16, dim=4), VQConfig(codes=16, dim=4, cosine=True)], ids=["euclid", "cosine"])
+def test_the_first_codebook_is_that_of_kmeans_and_its_counts_have_mean_1(config: VQConfig) -> None:
+    torch.manual_seed(0)
+    q, z = VQ(config), torch.randn(500, 4) * torch.linspace(0.1, 5, 500)[:, None]
+    q.initialize(z, step_rng(0, 500))
+    centres, counts = kmeans(F.normalize(z, dim=1) if config.cosine else z, 16, step_rng(0, 500))
+    torch.testing.assert_close(q.codebook, F.normalize(centres, dim=1) if config.cosine else centres)
+    torch.testing.assert_close(q.counts, counts * 16 / 500)
+    torch.testing.assert_close(q.sums, q.codebook * q.counts[:, None])
 
 
 def test_initialising_twice_changes_nothing(vq: VQ) -> None:

@@ -49,6 +49,13 @@ def test_positions_are_drawn_independently():
     assert scipy.stats.chi2_contingency(table.numpy()).pvalue > 1e-3
 
 
+def test_levels_are_drawn_independently():
+    levels = [LevelSpec("a", 50, (1,)), LevelSpec("b", 50, (1,))]
+    codes = torch.arange(50)[:, None]
+    a, b = IndependentCodes(levels, [codes, codes]).sample(torch.arange(2000))
+    assert (a == b).double().mean() < 0.05
+
+
 def test_a_sample_is_a_function_of_seed_and_index_alone():
     codes, labels = training()
     baseline = IndependentCodes(LEVELS, codes, labels, 3)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import binomtest
 
 from intarsia.cli import UserError
 from intarsia.config import ConfigError
@@ -16,11 +17,12 @@ from pipelines import TwoStagePipeline, guidance, report
 from pipelines import compare as script
 from pipelines.compare import CompareConfig, compare, named
 from pipelines.evaluate import EvaluateConfig, evaluate_pipeline
-from pipelines.evaluation.distances import FeatureSet, fit_gaussian, frechet, frechet_table
-from pipelines.evaluation.settings import choose_reference, measure_samples
+from pipelines.evaluation.distances import FeatureSet, fit_gaussian, frechet, frechet_table, interval
+from pipelines.evaluation.settings import MeasureConfig, choose_reference, measure_samples
 from pipelines.evaluation.timing import Timing
 from pipelines.guidance import GuidanceConfig, sweep
 from pipelines.report import markdown, read_row
+from pipelines.sampling_config import SamplingConfig
 from stage1_tokenizer.metrics import unit
 from tests import tiny_pipelines as tiny
 from tests.test_evaluation_pipeline import Blobs, feature_model, plain_precision_recall
@@ -41,6 +43,8 @@ def test_a_difference_is_that_of_the_distances_with_a_paired_interval() -> None:
     found = table.difference("b", "a")
     assert found.value == table.values["b"] - table.values["a"] and found.low > 0
     assert table.difference("a", "b").value == -found.value and table.difference("a", "b").high < 0
+    pairs = interval(table.values["b"] - table.values["a"], table.replicates["b"] - table.replicates["a"])
+    assert found == pairs and pairs != interval(found.value, table.replicates["b"])
     alike = table.difference("c", "a")
     assert alike.value == 0 and alike.low < 0 < alike.high
 
@@ -63,9 +67,9 @@ def test_the_interval_of_a_difference_covers_its_expectation_and_pairing_narrows
         table = frechet_table(reference, [a, b], 30, i)
         found = table.difference("b", "a")
         covered += found.low <= expected <= found.high
-        unpaired = table.replicates["b"].var() + table.replicates["a"].var()
-        narrower += bool((table.replicates["b"] - table.replicates["a"]).var() < unpaired)
-    assert 0.83 <= covered / 60 <= 1.0, covered
+        width = {name: table.estimate(name).high - table.estimate(name).low for name in ("a", "b")}
+        narrower += found.high - found.low < (width["a"] ** 2 + width["b"] ** 2) ** 0.5
+    assert binomtest(covered, 60, 0.95).pvalue > 1e-3, covered
     assert narrower > 50
 
 
@@ -134,25 +138,37 @@ def test_classes_are_balanced_where_the_reference_has_enough_of_each_and_else_fo
         chosen(500, True, labels=[0] * 100 + [1] * 10 + [2] * 5 + [3] * 5)
 
 
+# Samples as the configuration says -------------------------------------------------------------------------------------
+def test_samples_are_those_of_the_options_the_seed_and_the_balance_that_the_configuration_says(pair: dict[str, TwoStagePipeline]) -> None:
+    pipeline, source, model = pair["one"], Blobs(), feature_model()
+    for balanced in (False, True):
+        config = MeasureConfig(n=40, k=3, seed=5, sampling=SamplingConfig(temperature=0.3), balanced=balanced)
+        found, _ = measure_samples(pipeline, config, choose_reference(source, config, True), model)
+        asked = torch.arange(40) % 4 if balanced else pipeline.labels(40, seed=5)
+        assert found.labels is not None and torch.equal(found.labels, asked)
+        assert torch.equal(found.features, model(pipeline.sample(40, label=asked, seed=5, temperature=0.3))[0])
+        assert (found.feature_set().labels is None) is not balanced  # resampling keeps the counts of classes that were fixed
+
+
 # pipelines.guidance ----------------------------------------------------------------------------------------------------
 def test_the_curve_over_guidance_is_that_of_the_samples_and_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: Any, pair: dict[str, TwoStagePipeline]
 ) -> None:
     source, model = Blobs(), feature_model()
-    config = GuidanceConfig(values=(2.0, 1.0), out=str(tmp_path), **SMALL)
+    config = GuidanceConfig(values=(2.0, 1.0), out=str(tmp_path), sampling=SamplingConfig(temperature=0.5), **SMALL)
     tree = sweep(pair["two"], source, model, config)
     assert [one["guidance"] for one in tree["points"]] == [1.0, 2.0]
     chosen = choose_reference(source, config, True)
-    strong, _ = measure_samples(pair["two"], config, chosen, model, options={"guidance": 2.0})
+    strong, _ = measure_samples(pair["two"], config, chosen, model, options={"temperature": 0.5, "guidance": 2.0})
     assert tree["points"][1]["agreement"]["value"] == pytest.approx(strong.right().double().mean().item())
     real = model(unit(source.split("train").batch(chosen.rows)["x"]))[0]
     measured = tuple(tree["points"][1][figure]["value"] for figure in ("precision", "recall"))
     assert measured == pytest.approx(plain_precision_recall(real, strong.features, 3))
     drawn: list[Any] = []
     measure = guidance.measure_samples
-    monkeypatch.setattr(guidance, "measure_samples", lambda *a, **k: drawn.append(k["options"]["guidance"]) or measure(*a, **k))
+    monkeypatch.setattr(guidance, "measure_samples", lambda *a, **k: drawn.append(k["options"]) or measure(*a, **k))
     more = sweep(pair["two"], source, model, config.replace(values=(1.0, 1.5, 2.0)))
-    assert drawn == [1.5] and [one["guidance"] for one in more["points"]] == [1.0, 1.5, 2.0]
+    assert drawn == [{"temperature": 0.5, "guidance": 1.5}] and [one["guidance"] for one in more["points"]] == [1.0, 1.5, 2.0]
     assert more["points"][::2] == tree["points"] and json.loads((tmp_path / "guidance.json").read_text()) == more
     guidance.save_picture(tmp_path / "guidance.png", more)
     assert Image.open(tmp_path / "guidance.png").width > 1000

@@ -96,13 +96,13 @@ def test_adapting_converts_channels_and_size_and_refuses_others():
 class Stripes(Source):
     """Images with horizontal or vertical stripes."""
 
-    def __init__(self, n=200, labelled=True):
+    def __init__(self, n=200, labelled=True, **transform):
         super().__init__(BundledConfig())
         labels = torch.arange(n) % 2
         line = torch.arange(12) % 4 // 2 * 200
         x = torch.stack([line.view(1, 1, 12).expand(1, 12, 12) if c else line.view(1, 12, 1).expand(1, 12, 12) for c in labels])
         x = (x + torch.randint(0, 50, x.shape, generator=torch.Generator().manual_seed(0))).to(torch.uint8).numpy()
-        split = ArraySplit(x, labels if labelled else None, TransformConfig(), torch.arange(n))
+        split = ArraySplit(x, labels if labelled else None, TransformConfig(**transform), torch.arange(n))
         self.signal = SignalSpec("image", 1, (12, 12))
         self._finish({"train": split, "validation": split}, ("across", "down") if labelled else ())
 
@@ -114,6 +114,12 @@ def test_training_learns_and_the_same_command_gives_the_same_weights():
     assert accuracy(first, source.split("validation")) > 0.95
     assert first.weights_sha256 == second.weights_sha256 != train(config.replace(seed=1), source).weights_sha256
     assert isinstance(first, Classifier) and not first.training and first.spec.classes == ("across", "down")
+
+
+def test_the_augmentation_of_the_data_is_trained_on():
+    config = TrainFeaturesConfig(out="x", classifier=ConvClassifierConfig(widths=(4, 4, 4, 8), features=6), steps=3, batch_size=16)
+    plain, shifted = Stripes(), Stripes(shift=2)
+    assert train(config, plain).weights_sha256 != train(config, shifted).weights_sha256
 
 
 def test_unlabelled_data_train_no_feature_model():

@@ -40,6 +40,14 @@ def test_planted_copies_are_detected(share, noise):
     assert found.samples[0.01] < honest.samples[0.01]
 
 
+@pytest.mark.parametrize("varied", ["samples", "reconstructions"])
+def test_intervals_hold_what_the_choice_of_either_set_adds(varied):
+    sets = {name: torch.ones(60) for name in ("samples", "reconstructions")}
+    sets[varied] = torch.rand(60, generator=torch.Generator().manual_seed(0)) + 0.5
+    found = memorisation(**sets, replicates=100, seed=0).ratio[0.5]
+    assert found.low < found.value < found.high
+
+
 def test_a_set_of_copies_is_at_no_distance_at_all():
     train, reconstructions, _ = world()
     found = figures(train, reconstructions, train[:50].clone())

@@ -17,6 +17,7 @@ from pipelines.evaluation.baseline import IndependentCodes
 from pipelines.evaluation.bits import prior_bits
 from pipelines.evaluation.distances import fit_gaussian, frechet
 from pipelines.evaluation.features import CLASSIFIERS, ClassifierSpec, ConvClassifierConfig, FeatureModel
+from pipelines.evaluation.passes import baseline_batches
 from pipelines.evaluation.report import sample_figures, table
 from pipelines.evaluation.sets import ImageSet, balanced_labels, choose_rows, in_batches, measure, real_batches
 from stage1_tokenizer.data.arrays import ArraySplit
@@ -136,6 +137,25 @@ def test_precision_agreement_and_nearest_images_are_those_of_plain_code(evaluate
         middle = found.tree["memorisation"][space]["quantiles"]["0.5"]
         assert {name: middle[name] for name in near} == pytest.approx(near, rel=1e-4)
         assert middle["ratio"]["value"] == pytest.approx(middle["samples"] / middle["reconstructions"])
+
+
+def test_the_nearest_train_images_are_those_of_plain_code_and_the_closest_samples_come_first(evaluated):
+    pipeline, source, found = evaluated
+    drawn = pipeline.sample(60, label=balanced_labels(60, 4), seed=0).flatten(1)
+    distance = torch.cdist(drawn.double(), unit(source.split("train").batch(torch.arange(120))["x"]).flatten(1).double())
+    assert torch.equal(found.nearest["pixels"], distance.argmin(1))
+    assert torch.equal(distance.amin(1)[found.order], distance.amin(1).sort().values)
+
+
+def test_the_baseline_has_the_labels_that_its_samples_are_asked_for():
+    pipeline, source = tiny.pipeline("gpt", micro_batch=16), Blobs()
+    train = source.split("train").batch(torch.arange(120))
+    baseline = IndependentCodes(pipeline.spec.levels, pipeline.tokenizer.encode(train["x"]), train["label"], 4)
+    asked = torch.arange(300) // 75  # more than one batch
+    batches = list(baseline_batches(pipeline, baseline, 300, asked, 3))
+    assert len(batches) > 1 and torch.equal(torch.cat([label for _, label in batches]), asked)
+    expected = pipeline.decode(baseline.sample(torch.arange(300), asked, 3))
+    assert torch.equal(torch.cat([x for x, _ in batches]), expected)
 
 
 def test_agreement_is_a_share_of_that_of_the_reconstructions():

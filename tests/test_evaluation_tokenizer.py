@@ -56,6 +56,16 @@ def test_the_figures_are_those_of_single_images():
     assert "train codes, level codes:" in text and "of 64.0 bits per sample" in text
 
 
+def test_the_figures_without_near_duplicates_are_those_of_the_images_that_are_left(monkeypatch):
+    tokenizer, source, rows = tiny.tokenizer(), Noise(), torch.tensor([2, 5, 11])
+    monkeypatch.setattr("stage1_tokenizer.evaluate.without_near_duplicates", lambda source, split: source.split(split).select(rows))
+    tree, _ = report(tokenizer, source, "validation")
+    x = source.split("validation").batch(rows)["x"]
+    found = tree["reconstruction_without_near_duplicates"]
+    assert found["samples"] == 3 and tree["reconstruction"]["samples"] == 21
+    assert found["psnr"] == pytest.approx(psnr(unit(x), unit(tokenizer.decode(tokenizer.encode(x)))).mean().item(), abs=1e-9)
+
+
 def test_the_same_split_twice_is_counted_once():
     tokenizer, source = tiny.tokenizer(), Noise()
     tree, counts = report(tokenizer, source, "train")

@@ -118,6 +118,14 @@ def test_a_collapse_warns_with_the_level_and_both_numbers() -> None:
     assert len(said) == 1 and "level codes/1: 1 of 8 codes used in the last 500 steps; try: " in said[0]
 
 
+def test_of_a_growing_codebook_only_the_codes_in_use_are_counted() -> None:
+    model = tokenizer(VQConfig(codes=8, dim=4, init="normal", grow=(99,)))
+    health, said = Health(HealthConfig(usage=0.5), model), []
+    health.count([torch.tensor([[[0, 1], [2, 2]]] * 5)])
+    figures = health.look(model, comm, never, said.append)
+    assert figures["health/usage"] == 3 / 4 and figures["health/dead"] == 1 and not said
+
+
 def test_collapse_stop_ends_the_run_naming_it() -> None:
     model = tokenizer()
     health = Health(HealthConfig(collapse="stop"), model)
@@ -167,6 +175,16 @@ def test_auto_applies_one_remedy_after_the_other_and_says_so() -> None:
     error = quantizer(z, StepRng(0, 0, torch.arange(4))).stats["quantization_error"]
     loss = quantizer(z, StepRng(0, 0, torch.arange(4))).loss
     assert loss.item() == pytest.approx(0.1 * error.item(), rel=1e-5)
+
+
+def test_the_remedy_turns_restarts_on_that_were_off() -> None:
+    q = VQ(VQConfig(codes=8, dim=4, restart=0.0, decay=0.1, init="normal")).train()
+    q.remedy(q.remedies()[0], again=True)  # the codebook stays: codes from 1 on are far away
+    with torch.no_grad():
+        q.codebook[1:] += 100
+        q.sums.copy_(q.codebook * q.counts[:, None])
+    q(torch.randn(8, 4, 5), StepRng(0, 0, torch.arange(8)))
+    assert q.update(StepRng(0, 0, torch.arange(0)), comm)["restarts"] > 0
 
 
 def collapsing(folder: Path, collapse: str) -> TokenizerTrainConfig:

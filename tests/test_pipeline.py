@@ -165,6 +165,17 @@ def test_nll_is_the_sum_of_what_the_priors_say(ladder: TwoStagePipeline) -> None
     assert not ladder.nll_is_bound
 
 
+def test_a_bound_of_one_prior_makes_the_sum_a_bound(ladder: TwoStagePipeline) -> None:
+    parallel = tiny.pipeline("parallel")
+    mixed = TwoStagePipeline(ladder.tokenizer, [parallel.priors[0], ladder.priors[1]])
+    assert mixed.nll_is_bound and mixed.priors[0].nll_is_bound and not mixed.priors[1].nll_is_bound
+
+
+def test_every_row_of_a_bound_has_masks_of_its_own() -> None:
+    codes = [torch.zeros(8, 4, 4, dtype=torch.int64)]
+    assert tiny.pipeline("maskgit").nll(codes, 1).unique().numel() > 1
+
+
 def test_nll_of_an_image_does_not_depend_on_its_batch(gpt: TwoStagePipeline) -> None:
     x, label = torch.rand(13, 1, 8, 8), torch.arange(13) % 4
     whole = gpt.nll(x, label)

@@ -113,7 +113,7 @@ def test_what_is_drawn_depends_on_what_is_known(pipelines: dict[str, TwoStagePip
 def test_f4_a_completion_has_the_same_bits_in_any_batch(kind: str, ranks: Any) -> None:
     pipeline, x = tiny.pipeline(kind), images(24)
     mask = below(24) if kind == "ladder" else spots(24)
-    label = torch.arange(24) % 4
+    label = torch.arange(24) // 7
     whole = pipeline.complete(x, mask, n=2, label=label, seed=5)
     for size in (1, 7, 32):
         assert torch.equal(pipeline.complete(x, mask, n=2, label=label, seed=5, batch_size=size), whole)
@@ -124,6 +124,12 @@ def test_f4_a_completion_has_the_same_bits_in_any_batch(kind: str, ranks: Any) -
 
     assert torch.equal(torch.cat(ranks(part)), whole)
     assert not torch.equal(whole[::2], whole[1::2]) and not torch.equal(pipeline.complete(x, mask, n=2, label=label, seed=6), whole)
+
+
+def test_with_nothing_known_a_completion_is_a_sample_of_the_rows_class(pipelines: dict[str, TwoStagePipeline]) -> None:
+    pipeline, everything = pipelines["maskgit"], torch.ones(3, 1, 8, 8, dtype=torch.bool)
+    found = pipeline.complete(images(3), everything, n=2, label=[0, 1, 2], seed=0)
+    assert torch.equal(found, pipeline.sample(6, label=[0, 0, 1, 1, 2, 2], seed=0))
 
 
 def test_without_a_seed_a_fresh_one_is_taken_and_can_be_read(pipelines: dict[str, TwoStagePipeline]) -> None:

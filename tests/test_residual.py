@@ -123,6 +123,14 @@ def test_stages_beyond_the_depth_add_nothing_to_z_loss_and_statistics() -> None:
         torch.testing.assert_close(q.state_dict()[name], tensor)
 
 
+def test_every_stage_draws_for_itself() -> None:
+    q, seeds = built(), []
+    for i in range(3):
+        q.part(i).register_forward_pre_hook(lambda _, arguments: seeds.append(arguments[1].seed))
+    q(torch.randn(5, 4, 9), rng(1, 5))
+    assert len(set(seeds)) == 3
+
+
 def test_every_stage_gets_a_gradient_whatever_the_depths() -> None:
     q = built(INNER.replace(update="gradient"), dropout=1.0)
     step = next(s for s in range(500) if (q.depth(rng(s, 2)) == 1).all())

@@ -22,6 +22,7 @@ from intarsia.checkpoint import CheckpointError, checkpoints
 from intarsia.cli import Flags, RunError, UserError
 from intarsia.config import ConfigError
 from intarsia.metrics_log import MetricsLog, read_metrics
+from intarsia.order import Order
 from intarsia.parts import Parts
 from intarsia.prefetch import Prefetch, pinned
 from intarsia.release import replace_folder, restore_folder
@@ -308,6 +309,9 @@ def test_validation_batches_and_first_batches_cover_their_samples_once(tmp_path)
         assert [len(b["x"]) for b in run.batches(loader, 5, samples=7)] == [5, 2]
         first = torch.cat([b["index"] for b in run.first_batches(loader, 99)])
         assert torch.equal(first, Parts(23, 23, 1, 0, 0, 1).order.indices(0))
+    with Run(config(tmp_path / "other", seed=5), kind="toy") as run:
+        first = torch.cat([b["index"] for b in run.first_batches(loader, 9)])
+        assert torch.equal(first, Order(23, 9, 5).indices(0)) and not torch.equal(first, Order(23, 9, 0).indices(0))
 
 
 # Not finite (F1) -------------------------------------------------------------------------------------------------
@@ -349,6 +353,19 @@ def test_f1_max_bad_steps_skips_the_step_and_its_statistics(tmp_path, capsys):
     assert all(v is not None for line in read_metrics(tmp_path / "run" / "metrics.jsonl") for v in line.values())
     with pytest.raises(RunError, match="step 3"):
         go(tmp_path / "two", loader=Vectors(bad=tuple(range(30))), max_bad_steps=2)
+
+
+def test_f1_bad_steps_count_in_a_row_and_across_a_resumption(tmp_path):
+    def bad(*steps: int) -> Vectors:
+        return Vectors(bad=tuple(int(Parts(30, 6, 1, 0, 0, 1).order.indices(step)[2]) for step in steps))
+
+    go(tmp_path / "apart", loader=bad(1, 3), max_bad_steps=1, steps=5)
+    stopped = {"max_bad_steps": 1, "steps": 5}
+    with pytest.raises(RunError, match="step 4: not finite"):
+        go(tmp_path / "whole", loader=bad(2, 3), **stopped)
+    go(tmp_path / "cut", loader=bad(2, 3), flags=Flags(max_steps=3), **stopped)
+    with pytest.raises(RunError, match="step 4: not finite"):
+        go(tmp_path / "cut", loader=bad(2, 3), **stopped)
 
 
 # Resuming --------------------------------------------------------------------------------------------------------

@@ -66,6 +66,12 @@ def test_codes_that_tie_with_the_kth_are_kept() -> None:
     assert kept.tolist() == [[False, True, True, False]]
 
 
+def test_top_p_keeps_no_more_than_the_codes_that_reach_it() -> None:
+    logits = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log()
+    kept = filtered(logits, DrawOptions(top_p=0.5)).isfinite()
+    assert kept.tolist() == [[True, False, False]] and filtered(logits, DrawOptions(top_p=0.75)).isfinite().sum() == 2
+
+
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([0.5, -1.0, 2.0, 0.0, -3.0, 1.0])
     options = DrawOptions(temperature=0.8, top_p=0.97)

@@ -19,6 +19,7 @@ from stage1_tokenizer import train as script
 from stage1_tokenizer.data.base import SOURCES
 from stage1_tokenizer.metrics import psnr, unit
 from stage1_tokenizer.tokenizers.base import Tokenizer
+from stage1_tokenizer.tokenizers.vqvae import VQVAE
 from tests.training import HIERARCHY, TOKENIZER, Left, ToyConfig, augmented, run_training, tiny
 
 EVERY = {"validate_every": 5, "pictures_every": 5, "checkpoint_every": 5}
@@ -108,6 +109,25 @@ def test_the_release_holds_averaged_weights_and_a_codebook_moved_under_them(tmp_
     assert not torch.equal(release["quantizer.codebook"], trained["module/quantizer.codebook"])
 
 
+def test_the_averaged_codebook_is_estimated_from_as_many_signals_as_the_first_one(tmp_path, monkeypatch):
+    seen, real = [], VQVAE.reestimate
+
+    def reestimate(self, batches, comm):
+        batches = list(batches)
+        seen.append(torch.cat([rng.index for _, rng in batches]).unique().numel())
+        return real(self, batches, comm)
+
+    monkeypatch.setattr(VQVAE, "reestimate", reestimate)
+    run_training(tiny(tmp_path, steps=2, optim={"average": 0.9}))
+    assert seen == [32]
+
+
+def test_the_best_has_the_least_mean_error_whatever_the_mean_psnr(tmp_path, monkeypatch):
+    planned = iter([{"psnr": 20.0, "mse": 0.1}, {"psnr": 30.0, "mse": 0.2}])
+    monkeypatch.setattr(script.ReconstructionMetrics, "compute", lambda self: next(planned))
+    assert left(tiny(tmp_path, steps=10, log=EVERY)).facts["best"] == 0.1
+
+
 def test_without_a_validation_split_the_last_step_is_released(tmp_path, monkeypatch):
     monkeypatch.setattr("stage1_tokenizer.data.base.Source.splits", ("train",))
     end = left(tiny(tmp_path, steps=6, log=EVERY))
@@ -129,6 +149,13 @@ def test_init_starts_from_a_release_codebook_included(tmp_path, trained):
     torch.testing.assert_close(first.net.encoder[0].weight, second.net.encoder[0].weight, rtol=0, atol=1e-8)
     old, new = first.quantizer.counts, second.quantizer.counts
     assert (new >= 0.9 * old - 1e-5).all() and not torch.equal(new, old)  # one step of the moving averages, no fresh k-means
+
+
+def test_averages_start_from_the_weights_of_init(tmp_path, trained):
+    run_training(tiny(tmp_path, steps=1, init=str(trained), optim={"lr": 1e-9, "warmup": 0, "average": 0.9}))
+    first, second = (Tokenizer.from_pretrained(f / "model").net for f in (trained, tmp_path))
+    for name, weight in first.state_dict().items():
+        torch.testing.assert_close(second.state_dict()[name], weight, rtol=0, atol=1e-7)
 
 
 def test_training_the_decoder_alone_keeps_codes_and_fingerprint(tmp_path, trained):

@@ -57,3 +57,13 @@ def test_corruption_reaches_the_levels_above(case: Case) -> None:
     for rate, same in ((0.9999999, True), (0.0, False)):
         prior = Case(case.type, case.shapes, case.levels, case.classes, case.config | {"corruption": rate}).build().train()
         assert torch.equal(prior(codes, cond, draws)[0], prior(other, cond, draws)[0]) is same
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_corruption_leaves_what_is_to_be_predicted(case: Case) -> None:
+    """With all codes that are seen replaced, the loss still depends on the codes themselves: they are the targets."""
+    prior = Case(case.type, case.shapes, case.levels, case.classes, case.config | {"corruption": 0.9999999}).build().train()
+    codes, cond, draws = case.codes(16), case.cond(16), StepRng(0, 0, torch.arange(16))
+    last = prior.levels.stop - 1
+    other = [(c + 1) % level.vocab if i == last else c for i, (c, level) in enumerate(zip(codes, prior.spec.levels, strict=False))]
+    assert abs(prior.loss(codes, cond, draws)[0].item() - prior.loss(other, cond, draws)[0].item()) > 1e-3

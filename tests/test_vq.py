@@ -16,6 +16,7 @@ from intarsia.distributed import comm
 from intarsia.rng import StepRng
 from stage1_tokenizer.quantizers.base import QUANTIZERS
 from stage1_tokenizer.quantizers.entropy import EntropyConfig
+from stage1_tokenizer.quantizers.restart import empty_slots, offer
 from stage1_tokenizer.quantizers.search import kmeans
 from stage1_tokenizer.quantizers.vq import VQ, VQConfig
 
@@ -174,6 +175,16 @@ def test_which_latents_restart_codes_does_not_depend_on_the_order_of_samples() -
         q.update(step_rng(0, 0), comm)
         restarted.append(q.codebook[1:].clone())
     assert torch.equal(*restarted)
+
+
+def test_the_samples_that_restart_codes_are_others_at_every_step() -> None:
+    z, keys = torch.randn(50, 4), []
+    for step in range(2):
+        pending = empty_slots(8, 4, z)
+        offer(pending, z, torch.ones(50, dtype=torch.bool), step_rng(step, 50))
+        rows = (z[:, None] == pending["candidate"]).all(2).int().argmax(0)
+        keys.append((pending["key"], rows))
+    assert not (keys[0][0] == keys[1][0]).any() and (keys[0][1] == keys[1][1]).sum() < 4
 
 
 def test_restarts_need_the_random_numbers_of_the_step() -> None:

@@ -32,9 +32,11 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.fixture(params=["packed", "plain"])
+@pytest.fixture(params=["packed", "plain", "chunks"])
 def path(request, monkeypatch):
-    monkeypatch.setattr(search, "_packs", lambda: request.param == "packed" and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+    monkeypatch.setattr(search, "_packs", lambda: request.param != "plain" and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+    if request.param == "chunks":
+        monkeypatch.setattr(search, "_CHUNK_FLOATS", 1)  # a block of codes each
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -74,6 +76,14 @@ def test_a_row_that_is_not_a_number_still_gets_a_code_in_range(path) -> None:
         assert codes.min() >= 0 and codes.max() < k
 
 
+def test_chunks_cover_the_codes_once_in_whole_blocks() -> None:
+    for k, dim in [(256, 1), (1024, 256), (1088, 300), (16384, 256), (320, 1 << 20)]:
+        parts = search._chunks(k, dim)
+        assert torch.equal(torch.cat([torch.arange(k)[part] for part in parts]), torch.arange(k))
+        assert all((part.stop - part.start) % 64 == 0 < part.stop - part.start for part in parts)
+        assert max(part.stop - part.start for part in parts) <= max(64, (1 << 18) // dim)
+
+
 def test_tiles_cover_the_rows_once() -> None:
     for n, k in [(1, 1), (10, 1 << 20), (5000, 512)]:
         rows = torch.arange(n)
@@ -107,6 +117,13 @@ def test_kmeans_lowers_the_distortion_and_leaves_no_two_centres_equal() -> None:
     assert counts.sum() == 2000
     few, _ = kmeans(rows[:10], 50, step_rng(0, 0))
     assert few.unique(dim=0).shape[0] == 50
+
+
+def test_kmeans_moves_centres_that_no_row_is_nearest_to() -> None:
+    torch.manual_seed(0)
+    rows = torch.cat([torch.zeros(50, 3), torch.randn(50, 3)])  # about half of the first centres are equal
+    _, counts = kmeans(rows, 16, step_rng(0, 0))
+    assert (counts > 0).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -219,7 +219,8 @@ def test_a_split_shares_the_count_and_puts_the_new_code_beside_its_parent() -> N
     with torch.no_grad():
         twin.codebook.copy_(q.codebook[:4])
         twin.sums.copy_(q.sums[:4])
-    twin._pending = {name: t[:4].clone() if t.ndim else t for name, t in q._pending.items()}
+    kept = {"counts": range(4), "sums": (0, 1, 2, 3, 8)}  # the last row of sums stays 0
+    twin._pending = {name: t[list(kept[name])] if name in kept else t for name, t in q._pending.items()}
     for each in (q, twin):
         each.update(step_rng(0, 0), comm)
     torch.testing.assert_close(q.codebook[:4], twin.codebook, rtol=1e-4, atol=1e-5)
@@ -228,6 +229,15 @@ def test_a_split_shares_the_count_and_puts_the_new_code_beside_its_parent() -> N
     apart = (q.codebook[4:] - q.codebook[:4]).norm(dim=1)
     assert torch.all(apart > 0) and torch.all(apart < 0.06 * size)
     torch.testing.assert_close(q.sums, q.codebook * q.counts[:, None])
+
+
+def test_codes_that_are_not_yet_in_use_do_not_lower_the_mean_that_restarts_go_by() -> None:
+    q = VQ(VQConfig(codes=8, dim=4, init="normal", grow=(99,), restart=0.5, decay=0.0))
+    with torch.no_grad():
+        q.codebook[:4] = 10 * torch.eye(4)
+    z = 10 * torch.eye(4).repeat_interleave(torch.tensor([16, 16, 16, 6]), 0)  # a mean of 13.5 for the four in use
+    q(z[..., None], step_rng(0, 54))
+    assert q.update(step_rng(0, 0), comm)["restarts"] == 1
 
 
 def test_training_a_grown_codebook_on_keeps_all_its_codes() -> None:

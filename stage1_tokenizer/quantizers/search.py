@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import cache
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from intarsia.rng import StepRng, permutation
 
 _TILE_FLOATS = {"cpu": 1 << 18}  # 1 MB of scores at once stays in a core's cache; elsewhere 256 MB
+_CHUNK_FLOATS = 1 << 18  # likewise of codes, which every tile reads anew
 _BLOCK = 64
 _PACK_ROWS = 64  # laying the codebook out pays from about this many rows on
 
@@ -19,7 +21,8 @@ _PACK_ROWS = 64  # laying the codebook out pays from about this many rows on
 def nearest(rows: Tensor, codebook: Tensor, cost: Tensor | None = None) -> Tensor:
     """argmin_k |z - e_k|^2 + cost_k = argmax_k (z . e_k - (|e_k|^2 + cost_k) / 2) for each row; the first of equals.
 
-    Computed in the dtype given, without TF32 or bf16. Memory: a tile of scores and the result.
+    Computed in the dtype given, without TF32 or bf16. Memory: a tile of scores and the result. On a CPU the codebook is taken in
+    chunks, each against all rows, as what a core's cache cannot hold would be read from memory for every tile.
 
     Args:
         rows: (N, D) float32 or float64.
@@ -36,11 +39,28 @@ def nearest(rows: Tensor, codebook: Tensor, cost: Tensor | None = None) -> Tenso
     if wide and (over := -codebook.shape[0] % _BLOCK):  # whole blocks: codes that never win
         codebook, bias = F.pad(codebook, (0, 0, 0, over)), F.pad(bias, (0, over), value=float("-inf"))
     best = _best_in_blocks if wide else _best
-    score = scorer(codebook, bias, rows.shape[0])
-    out = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
-    for tile in tiles(rows.shape[0], codebook.shape[0], rows.device):
-        out[tile] = best(score(rows[tile]))
+    parts = _chunks(*codebook.shape) if wide else [slice(0, k)]
+    out = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
+    highest = rows.new_full(rows.shape[:1], float("-inf"))
+    for part in parts:
+        score = scorer(codebook[part], bias[part], rows.shape[0])
+        for tile in tiles(rows.shape[0], part.stop - part.start, rows.device):
+            scores = score(rows[tile])
+            codes = best(scores)
+            if len(parts) > 1:
+                found = scores.gather(1, codes[:, None])[:, 0]
+                codes = torch.where(found > highest[tile], codes + part.start, out[tile])  # of equals, the one of an earlier chunk
+                torch.maximum(highest[tile], found, out=highest[tile])
+            out[tile] = codes
     return out.clamp_(max=k - 1)  # a NaN wins also where it comes from inf and the zeros of the padding
+
+
+def _chunks(k: int, dim: int) -> list[slice]:
+    """Slices of k codes, a multiple of the block, into whole blocks of about equal number that stay in a core's cache."""
+    blocks = k // _BLOCK
+    count = -(-blocks // max(1, _CHUNK_FLOATS // (dim * _BLOCK)))
+    edges = [_BLOCK * (blocks * i // count) for i in range(count + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(edges)]
 
 
 def tiles(n: int, k: int, device: torch.device) -> list[slice]:

@@ -15,11 +15,12 @@ Pending = dict[str, Tensor]
 def nothing(codes: int, dim: int, like: Tensor, *, sums: bool = False, slots: int = 0) -> Pending:
     """The statistics of a step before its first sample, in the dtype and on the device of ``like``.
 
-    ``finite`` () bool; ``counts`` (K,); with ``sums`` the sums of latents (K, D); with ``slots`` those of ``restart``.
+    ``finite`` () bool; ``counts`` (K,); with ``sums`` the sums of latents (K + 1, D), whose last row stays 0; with ``slots`` those of
+    ``restart``.
     """
     pending = {"finite": torch.ones((), dtype=torch.bool, device=like.device), "counts": like.new_zeros(codes)}
     if sums:
-        pending["sums"] = like.new_zeros((codes, dim))
+        pending["sums"] = like.new_zeros((codes + 1, dim))
     return pending | (restart.empty_slots(slots, dim, like) if slots else {})
 
 
@@ -38,16 +39,22 @@ def add(pending: Pending, rows: Tensor, codes: Tensor, batch: int, finite: Tenso
     pending["finite"] &= finite
     pending["counts"].index_add_(0, codes, counted.to(pending["counts"].dtype).expand(codes.shape[0]))
     if "sums" in pending:
-        kept = torch.where(counted[..., None], rows, 0.0)
-        pending["sums"].index_add_(0, codes, kept.to(pending["sums"].dtype))
+        sums = pending["sums"]
+        sums.index_add_(0, torch.where(counted, codes, sums.shape[0] - 1), rows.to(sums.dtype))  # what does not count goes to the last
+        sums[-1] = 0
     if "key" in pending:
         assert rng is not None
         restart.offer(pending, rows, counts, rng)
 
 
 def reduce(pending: Pending, comm: Comm) -> Pending:
-    """The statistics of all ranks: a sum of counts, sums and candidates, after the slots were settled. At most two collectives."""
+    """The statistics of all ranks: a sum of counts, sums and candidates, after the slots were settled. At most two collectives.
+
+    The sums are (K, D) from here on.
+    """
     pending = dict(pending)
+    if "sums" in pending:
+        pending["sums"] = pending["sums"][:-1]
     if comm.world_size == 1:
         return pending
     if "key" in pending:

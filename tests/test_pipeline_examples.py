@@ -34,3 +34,13 @@ def test_the_example_of_use_runs_with_and_without_classes(root: Path, tmp_path: 
     said = capsys.readouterr().out
     assert "always the same: True" in said and "bits per image [" in said
     assert len(list((tmp_path / "samples").glob("*.png"))) == (8 if labelled else 0)
+
+
+def test_the_example_of_completion_draws_a_row_for_each_completion(root: Path, tmp_path: Path, capsys: Any) -> None:
+    complete = example(root, "complete_images")
+    complete.main(str(tmp_path / "lower.png"), n=2)
+    assert "20 completions" in capsys.readouterr().out
+    with Image.open(tmp_path / "lower.png") as picture:
+        assert picture.width > 10 * 28 and picture.height > 4 * 28
+    with pytest.raises(ValueError, match="mask: the pixelcnn prior of codes cannot complete it"):
+        complete.main(str(tmp_path / "centre.png"), part="centre")

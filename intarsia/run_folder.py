@@ -12,9 +12,9 @@ from torch import nn
 
 from intarsia import machine, sharding
 from intarsia.checkpoint import newest_valid
-from intarsia.cli import Flags
+from intarsia.cli import Flags, UserError
 from intarsia.distributed import comm
-from intarsia.files import write_atomic
+from intarsia.files import json_bytes, read_json, write_atomic
 from intarsia.journal import Journal
 from intarsia.lock import RunLock
 from intarsia.release import replace_folder, restore_folder
@@ -71,6 +71,19 @@ class RunFolder:
         except BaseException:
             self._unlock()
             raise
+
+    def begun_on(self, name: str, facts: dict[str, Any]) -> dict[str, Any]:
+        """What the run in this folder was begun on, as its file ``name`` says; where it begins now, ``facts``, which rank 0 writes there.
+
+        Raises UserError for a file that cannot be read.
+        """
+        path = self.folder / name
+        begun = read_json(path, UserError) if path.is_file() else None
+        comm.barrier()  # every rank has looked
+        with on_main(name, comm, self.device):
+            if self.is_main and begun is None:
+                write_atomic(path, json_bytes(facts))
+        return facts if begun is None else begun
 
     def check_space(self, module: nn.Module, reserve: int = 0) -> None:
         """Raises UserError without room for two checkpoints and a release of ``module`` (it may be on meta), and ``reserve`` bytes."""

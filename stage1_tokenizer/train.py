@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -25,6 +25,7 @@ from intarsia.run_config import RunConfig
 from stage1_tokenizer import sizes
 from stage1_tokenizer.data.base import SOURCES, Source, SourceConfig
 from stage1_tokenizer.data.bundled import BundledConfig
+from stage1_tokenizer.data.errors import DataError
 from stage1_tokenizer.encode import space_needed
 from stage1_tokenizer.health import Health, HealthConfig
 from stage1_tokenizer.levels import prefix_rows, swapped_rows
@@ -36,6 +37,7 @@ from stage1_tokenizer.tokenizers.vqvae import VQVAEConfig
 
 PROGRAM = "python -m stage1_tokenizer.train"
 PICTURED = 16
+DATA_FILE = "data.json"  # in the run folder: which data it trains on
 
 
 class TokenizerTrainConfig(RunConfig):
@@ -66,6 +68,7 @@ def train(config: TokenizerTrainConfig, flags: Flags) -> None:
     with Run(config, flags, kind="tokenizer") as run:
         source = SOURCES.build(config.data)
         data = source.split("train").loader(config.seed)
+        same_data(run, source)
         shapes = on_meta(config, source)
         run.check_space(shapes, space_needed(shapes, source, views=1))
         tokenizer = TOKENIZERS.build(config.tokenizer, source.signal)
@@ -108,6 +111,17 @@ def train(config: TokenizerTrainConfig, flags: Flags) -> None:
 
         with release_weights(run, config, tokenizer, data):
             run.finish(tokenizer.save_pretrained)
+
+
+def same_data(run: Run, source: Source) -> None:
+    """Raises DataError where the run in this folder was begun on other train data: it could not end as if never interrupted."""
+    split = source.split("train")
+    now: dict[str, Any] = {"train": {"count": len(split), "sha256": split.sketch()}}
+    begun = run.begun_on(DATA_FILE, now)
+    if begun != now:
+        before, these = (f"{facts['train']['count']} train samples (sha256 {facts['train']['sha256'][:8]})" for facts in (begun, now))
+        advice = "it goes on with the same data; --init starts another run from its weights"
+        raise DataError(f"data: the run {run.folder} was begun on {before}, these are {these}: {advice}")
 
 
 def freeze_codes(tokenizer: Tokenizer) -> None:

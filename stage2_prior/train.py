@@ -15,7 +15,6 @@ from pydantic import Field
 from intarsia.cli import Flags, parse, run_main
 from intarsia.codes import CodesDataset, CodesError, check_match
 from intarsia.config import ConfigError, Place, differences
-from intarsia.files import json_bytes, read_json, write_atomic
 from intarsia.hub_files import release_folder
 from intarsia.machine import env_rank, tensor_bytes
 from intarsia.meta import build_on_meta
@@ -24,7 +23,6 @@ from intarsia.run import Run
 from intarsia.run_config import LogConfig, OptimConfig, RunConfig
 from intarsia.specs import CodesSpec, Cond
 from intarsia.stepping import state_bytes
-from intarsia.together import on_main
 from stage2_prior.priors.base import PRIORS, Prior, PriorConfig
 from stage2_prior.priors.gpt import GPTConfig
 
@@ -127,21 +125,16 @@ FREE_FROM_INIT = ("corruption", "dropout")  # how a prior is trained, not what i
 
 
 def same_codes(run: Run, data: CodesDataset) -> None:
-    """Raises CodesError where the run in this folder was begun on other codes; rank 0 writes down which they are.
+    """Raises CodesError where the run in this folder was begun on other codes.
 
     A fingerprint alone would not tell a dump with other views or rows, which would change what every later step sees.
     """
     facts = {"spec": data.spec.to_dict(), "train": [shard.sha256 for shard in data.manifest.split("train").shards]}
-    path = run.folder / CODES_FILE
-    begun = read_json(path, CodesError) if path.is_file() else None
-    run.comm.barrier()  # every rank has looked
-    if begun is not None and begun != facts:
+    begun = run.begun_on(CODES_FILE, facts)
+    if begun != facts:
         before, now = begun["spec"]["fingerprint"], data.spec.fingerprint
         which = f"by the tokenizer {before}; these are by {now}" if before != now else "of other samples or views, by the same tokenizer"
         raise CodesError(f"codes: {data.folder}: the run {run.folder} was begun on codes {which}")
-    with on_main(CODES_FILE, run.comm, run.device):
-        if run.is_main and begun is None:
-            write_atomic(path, json_bytes(facts))
 
 
 def datasets(config: PriorTrainConfig) -> tuple[CodesDataset, CodesDataset | None]:

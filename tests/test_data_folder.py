@@ -107,16 +107,18 @@ def test_the_order_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatc
     assert build(tmp_path).describe() == first.describe()
 
 
-def test_a_description_moves_with_the_folder_and_notices_a_change(tmp_path: Path) -> None:
+def test_a_description_moves_with_the_folder_and_notices_a_change_and_so_does_its_sketch(tmp_path: Path) -> None:
     fill(tmp_path / "one" / "a", 4)
     fill(tmp_path / "one" / "b", 4, 50)
-    first = build(tmp_path / "one").describe()
+    source = build(tmp_path / "one")
+    first, sketch = source.describe(), source.split("train").sketch()
     (tmp_path / "one").rename(tmp_path / "two")
     second = build(tmp_path / "two", memory=0, workers=1)
-    assert second.describe() == first
+    assert second.describe() == first and second.split("train").sketch() == sketch
     assert str(tmp_path) not in json.dumps(first)
     picture(99).save(tmp_path / "two" / "a" / "001.png")
-    assert build(tmp_path / "two").describe() != first
+    changed = build(tmp_path / "two")
+    assert changed.describe() != first and changed.split("train").sketch() != sketch
 
 
 # Batches -----------------------------------------------------------------------------------------------------------

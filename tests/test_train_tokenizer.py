@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -17,10 +18,11 @@ from intarsia.order import Order
 from intarsia.run import Run
 from stage1_tokenizer import train as script
 from stage1_tokenizer.data.base import SOURCES
+from stage1_tokenizer.data.errors import DataError
 from stage1_tokenizer.metrics import psnr, unit
 from stage1_tokenizer.tokenizers.base import Tokenizer
 from stage1_tokenizer.tokenizers.vqvae import VQVAE
-from tests.training import HIERARCHY, TOKENIZER, Left, ToyConfig, augmented, run_training, tiny
+from tests.training import HIERARCHY, TOKENIZER, Left, Toy, ToyConfig, augmented, run_training, tiny
 
 EVERY = {"validate_every": 5, "pictures_every": 5, "checkpoint_every": 5}
 
@@ -184,6 +186,19 @@ def test_the_decoders_of_a_hierarchy_are_trained_alone_and_its_run_resumes_exact
     assert left(cut).differences(whole) == []
     figures = [line for line in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "perplexity/top" in line]
     assert figures and {"perplexity/bottom", "quantization_error/bottom", "restarts/top"} <= figures[-1].keys()
+
+
+def test_a_run_goes_on_with_its_own_data_alone(tmp_path, monkeypatch):
+    run_training(tiny(tmp_path, steps=6), max_steps=2)
+    begun = json.loads((tmp_path / "data.json").read_text())
+    assert begun["train"]["count"] == 50
+    real, samples = Toy.split, r"50 train samples \(sha256 \w{8}\)"
+    with monkeypatch.context() as patch:
+        patch.setattr(Toy, "split", lambda self, name: real(self, name).select(torch.arange(len(real(self, name))).flip(0)))
+        with pytest.raises(DataError, match=f"was begun on {samples}, these are {samples}: it goes on with the same data"):
+            run_training(tiny(tmp_path, steps=6))
+    run_training(tiny(tmp_path, steps=6))
+    assert Left.of(tmp_path).step == 6 and json.loads((tmp_path / "data.json").read_text()) == begun
 
 
 def test_a_fine_tuned_run_resumes_without_its_release(tmp_path, trained):

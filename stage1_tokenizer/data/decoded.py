@@ -169,6 +169,13 @@ class DecodedSplit(Split):
         sha = hashlib.sha256()
         for i in range(len(self)):
             sha.update(self.items.facts(i))
+        return self._labels_and_content(sha)
+
+    def sketch(self) -> str:
+        """``digest`` without the names and sizes."""
+        return self._labels_and_content(hashlib.sha256(f"{len(self)};".encode()))
+
+    def _labels_and_content(self, sha: hashlib._Hash) -> str:
         if self.labels is not None:
             sha.update(self.labels.numpy().tobytes())
         if (captions := caption_bytes(self.captions)) is not None:

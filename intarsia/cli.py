@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import os
 import sys
 import time
@@ -31,6 +32,7 @@ class Flags:
     resume: str | None = None
     allow_low_space: bool = False
     debug: bool = False
+    imports: tuple[str, ...] = ()
 
 
 _SWITCHES = ("check", "dry_run", "allow_low_space", "debug")
@@ -41,6 +43,7 @@ _FLAG_DOCS = {
     "resume": "resume from this checkpoint folder; an error if it is damaged",
     "allow_low_space": "start even where the disk has little space left",
     "debug": "print tracebacks",
+    "import": "import this module first, such as one that registers types of your own; may be given several times",
 }
 
 
@@ -141,6 +144,9 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, aliases: Mapping[str,
                 flags[name] = int(value)
         elif name == "resume":
             flags[name] = value
+        elif name == "import":
+            errors += _import(value)
+            flags["imports"] = (*flags.get("imports", ()), value)
         else:
             head, dot, rest = name.partition(".")
             path = (aliases or {}).get(head, head) + dot + rest
@@ -160,6 +166,19 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, aliases: Mapping[str,
     if errors:
         raise ConfigError(errors)
     return parsed, Flags(**flags)
+
+
+def _import(name: str) -> list[str]:
+    """Imports a module; what is wrong with its name. What goes wrong within it is raised as it is."""
+    if not all(part.isidentifier() for part in name.split(".")):
+        return [f"--import: {name!r}; expected the name of a module, such as package.module"]
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # one that the module itself imports
+        return [f"--import: there is no module {name!r} in the current folder or on Python's path"]
+    return []
 
 
 def _show(text: str) -> None:

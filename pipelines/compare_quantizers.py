@@ -109,8 +109,9 @@ def run_command(arguments: Sequence[str], quiet: bool = False, log: Path | None 
 class Comparison:
     """The commands of a comparison and what they leave in its folder."""
 
-    def __init__(self, config: CompareConfig, out: Path) -> None:
+    def __init__(self, config: CompareConfig, out: Path, imports: Sequence[str] = ()) -> None:
         self.config, self.out = config, out
+        self.imports = [f"--import={name}" for name in imports]
         for name in ("results", *(entry.name for entry in config.quantizers)):
             (out / name).mkdir(parents=True, exist_ok=True)
         plan = {"config": {k: v for k, v in config.to_dict().items() if k not in ("out", "jobs")}}
@@ -130,7 +131,7 @@ class Comparison:
     def run(self, name: str, arguments: Sequence[str]) -> float:
         """``run_command`` for one quantiser."""
         jobs = self.config.jobs
-        return run_command(arguments, log=self.out / name / "log.txt" if jobs > 1 else None, jobs=jobs)
+        return run_command([*arguments, *self.imports], log=self.out / name / "log.txt" if jobs > 1 else None, jobs=jobs)
 
     def training(self, entry: EntryConfig) -> list[str]:
         """The command that trains a tokenizer, without its folder and its steps."""
@@ -143,14 +144,15 @@ class Comparison:
         The first gets those that fit into ``seconds``, the others those that take as long as these.
         """
         first = entries[0]
+        reference = [*training(first), *self.imports]
         for entry in entries:
             result = self.result(entry.name)
             if key in result:
                 continue
             if entry is first:
-                steps = seconds / pace(training(first))
+                steps = seconds / pace(reference)
             else:
-                steps = self.result(first.name)[key] / ratio(training(entry), training(first))
+                steps = self.result(first.name)[key] / ratio([*training(entry), *self.imports], reference)
             self.save(result | {"quantizer": entry.quantizer.to_dict(), key: max(1, round(steps))})
             print(f"{entry.name}: {key.replace('_', ' ')} in {seconds:g} s: {max(1, round(steps)):,}", flush=True)
 
@@ -245,7 +247,7 @@ def compare(config: CompareConfig, flags: Flags) -> None:
         priors = config.best if config.prior else 0
         print(f"{len(config.quantizers)} quantisers of {config.seconds:g} s, {priors} priors of {config.prior_seconds:g} s")
         return
-    comparison = Comparison(config, check_folder(config.out))
+    comparison = Comparison(config, check_folder(config.out), flags.imports)
     comparison.plan("steps", config.seconds, config.quantizers, comparison.training)
     comparison.each(comparison.tokenizer, config.quantizers)
     if config.prior:

@@ -150,12 +150,32 @@ def test_aliases_are_short_names_for_paths():
 
 
 def test_flags_that_every_script_knows():
-    argv = ["--run", "r", "--check", "--dry_run", "--max_steps", "3", "--resume", "x/y", "--allow_low_space", "--debug"]
-    assert parse(JobConfig, argv)[1] == Flags(True, True, 3, "x/y", True, True)
+    argv = ["--run", "r", "--check", "--dry_run", "--max_steps", "3", "--resume", "x/y", "--allow_low_space", "--debug", "--import", "json"]
+    assert parse(JobConfig, argv)[1] == Flags(True, True, 3, "x/y", True, True, ("json",))
     assert parse(JobConfig, ["--max_steps=0", "--run=r"])[1].max_steps == 0
 
 
+def test_a_module_of_ones_own_is_imported_before_the_configuration_is_read(tmp_path, monkeypatch):
+    (tmp_path / "own_tools.py").write_text(
+        "from tests.test_cli import TOOLS, ToolConfig\n"
+        "class DrillConfig(ToolConfig):\n    bits: int = 7\n"
+        "TOOLS.register('drill', DrillConfig)(type('Drill', (), {}))\n"
+    )
+    (tmp_path / "broken_tools.py").write_text("import no_such_module_at_all\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "tests.test_cli", sys.modules[__name__])
+    config, flags = parse(JobConfig, ["--run", "r", "--tool.type", "drill", "--tool.bits=3", "--import", "own_tools"])
+    try:
+        assert config.tool.type_name == "drill" and config.tool.bits == 3 and flags.imports == ("own_tools",)
+    finally:
+        del TOOLS._classes["drill"], TOOLS._configs["drill"], sys.modules["own_tools"]
+    with pytest.raises(ModuleNotFoundError, match="no_such_module_at_all"):
+        parse(JobConfig, ["--run", "r", "--import", "broken_tools"])
+
+
 BAD_LINES = {
+    ("--run", "r", "--import", "./mine.py"): "--import: './mine.py'; expected the name of a module",
+    ("--run", "r", "--import", "no_such.module"): "--import: there is no module 'no_such.module' in the current folder or on Python's path",
     ("--run", "r", "--max_steps", "-1"): "--max_steps: '-1' is no whole number",
     ("--run", "r", "--max_steps", "1.5"): "--max_steps: '1.5' is no whole number",
     ("--run", "r", "--max_steps", "²"): "--max_steps: '²' is no whole number",
@@ -248,7 +268,7 @@ def test_help_lists_every_field_with_value_class_and_doc(capsys, config_file):
         "--optim.schedule ('cosine'; identity)\n      How the rate falls.\n      one of: cosine, constant",
         "--steps (10; budget)",
         "--init (None; identity)",
-        *(f"--{name}: " for name in ("check", "dry_run", "max_steps", "resume", "allow_low_space", "debug")),
+        *(f"--{name}: " for name in ("check", "dry_run", "max_steps", "resume", "allow_low_space", "debug", "import")),
     ):
         assert line in out, line
     with pytest.raises(SystemExit):

@@ -78,7 +78,7 @@ def measure(train: Callable[[], None]) -> tuple[list[float], list[float]]:
                 steps.append(seconds)
                 bare.append(time.perf_counter() - begin)
 
-    Run.steps = timed  # type: ignore[method-assign]
+    Run.steps = timed  # type: ignore[method-assign, assignment]
     try:
         train()
     finally:

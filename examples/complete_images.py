@@ -14,7 +14,7 @@ from stage1_tokenizer import SOURCES, BundledConfig
 from stage1_tokenizer.metrics import unit
 
 
-def main(out: str = "completions.png", source: str = "", part: str = "lower", n: int = 4) -> None:
+def main(out: str = "completions.png", source: str = "", part: str = "lower", *, n: int = 4) -> None:
     pipeline = TwoStagePipeline.from_pretrained(source) if source else TwoStagePipeline.bundled()
     held = SOURCES.build(BundledConfig(name="emoji" if pipeline.signal.channels == 3 else "fashion")).split("validation")
     assert held.labels is not None

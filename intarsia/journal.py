@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,13 @@ class Journal:
         self.best, self.stale = (value, 0) if improved else (self.best, self.stale + 1)
         self.say(f"step {step + 1}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()) + (" (best)" if improved else ""))
         return improved
+
+    def draw_curves(self) -> None:
+        """curves.png: each figure of metrics.jsonl over the steps. Nothing where there are none."""
+        from intarsia.pictures import save_curves
+
+        with suppress(ValueError):  # no figure was logged
+            save_curves(self.metrics.path.with_name("curves.png"), {"": self.metrics.path})
 
     @property
     def out_of_patience(self) -> bool:

@@ -200,7 +200,7 @@ def _curves(metrics: Path, limit: int) -> Image:
     found = _series(read_metrics(metrics))
     if not found:
         raise ValueError(f"{metrics}: holds no figures to draw")
-    names = sorted(found, key=lambda name: "validation" not in found[name])[:limit]
+    names = sorted(found, key=lambda name: ("validation" not in found[name], not name.startswith("health/")))[:limit]
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
     figure, canvas = _chart(380 * columns, 240 * rows)
@@ -220,8 +220,8 @@ def _curves(metrics: Path, limit: int) -> Image:
 def save_curves(path: str | Path, runs: Mapping[str, str | Path], *, limit: int = 18) -> None:
     """Each figure of each run over the steps, training and validation (``validation/NAME``) in one panel.
 
-    Figures with a validation come first, then the rest in their order, ``limit`` panels per run. Raises ValueError for a file
-    without figures.
+    Figures with a validation come first, then the health of the codes, then the rest in their order, ``limit`` panels per run. Raises
+    ValueError for a file without figures.
 
     Args:
         runs: heading -> metrics.jsonl.

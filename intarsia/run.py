@@ -255,9 +255,12 @@ class Run(RunFolder):
                 save_checkpoint(self.checkpoints, done, state, meta, self.config.log.keep)
 
     def finish(self, save: Save) -> None:
-        """The end of the run: the release of the last step, unless a better one is kept (``log.release``)."""
+        """The end of the run: the release of the last step, unless a better one is kept (``log.release``); curves.png, where pictures are
+        on."""
         if self.config.log.release == "last" or self._journal.best is None or not (self.folder / "model").exists():
             self.release(save)
+        if self.is_main and self.config.log.pictures_every:
+            self._journal.draw_curves()
         self.close()
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()

@@ -46,7 +46,8 @@ class LogConfig(Config):
     keep: Place[Positive] = 2
     """How many checkpoints are kept."""
     pictures_every: Place[NotNegative] = 500
-    """Steps between pictures of a tokenizer's training; there is one at the end, too. That of a prior draws none."""
+    """Steps between pictures of a tokenizer's training; there is one at the end, too. That of a prior draws its curves alone, at the
+    end. 0 draws nothing."""
     trackers: Place[tuple[Literal["wandb", "tensorboard"], ...]] = ()
     """Where metrics go besides metrics.jsonl."""
     patience: Budget[NotNegative] = 0

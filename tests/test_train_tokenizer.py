@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from intarsia import cli, yaml_io
 from intarsia.config import ConfigError
@@ -79,6 +80,9 @@ def test_validation_pictures_and_releases_change_nothing_in_what_is_trained(tmp_
     plain = left(tiny(tmp_path / "plain", **changes))
     looked_at = left(tiny(tmp_path / "looked", **changes, log=EVERY))
     assert [name for name in looked_at.differences(plain) if name not in ("facts", "metrics")] == []
+    assert not (tmp_path / "plain" / "curves.png").exists()
+    with Image.open(tmp_path / "looked" / "curves.png") as curves:
+        assert curves.width > 1000 and curves.height > 1000
     assert (tmp_path / "looked" / "reconstructions.png").exists() and looked_at.facts["best"] is not None
 
 

@@ -14,7 +14,7 @@ import torch
 
 from intarsia.cli import parse
 from intarsia.config import Config
-from pipelines import assemble, compare, compare_quantizers, evaluate, guidance, report, sample
+from pipelines import assemble, compare, compare_quantizers, evaluate, guidance, judge_completions, report, sample
 from pipelines.evaluation import train_features
 from pipelines.evaluation.timing import timing
 from pipelines.sample_set import SetPlan
@@ -44,6 +44,7 @@ SCRIPTS: dict[str, tuple[type[Config], dict[str, str]]] = {
     "pipelines.evaluate": (evaluate.EvaluateConfig, ALIASES),
     "pipelines.compare": (compare.CompareConfig, ALIASES),
     "pipelines.guidance": (guidance.GuidanceConfig, ALIASES),
+    "pipelines.judge_completions": (judge_completions.JudgeConfig, ALIASES),
     "pipelines.evaluation.train_features": (train_features.TrainFeaturesConfig, {"name": "classifier.name"}),
     "pipelines.report": (report.ReportConfig, {}),
     "pipelines.compare_quantizers": (compare_quantizers.CompareConfig, {}),

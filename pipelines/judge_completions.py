@@ -1,0 +1,181 @@
+"""What completions are worth: ``python -m pipelines.judge_completions --pipeline DIR --judge DIR --part right --out DIR``.
+
+A part of held-out images is drawn anew, and a judge, another pipeline on the same tokenizer's codes, says what the whole then
+costs in bits: beside the images as they were, and beside codes drawn independently from the frequencies of their position and
+class (``IndependentCodes``), in the same places. completions.json and completions.png.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from intarsia.cli import parse, run_main
+from intarsia.config import Config, Place
+from intarsia.files import json_bytes, write_atomic
+from intarsia.pictures import save_strips
+from pipelines.evaluation.baseline import IndependentCodes
+from pipelines.evaluation.bootstrap import LEVEL, mean_estimate
+from pipelines.evaluation.report import describe_pipeline
+from pipelines.evaluation.sets import BATCH
+from pipelines.evaluation.settings import SplitName, check_fit, check_script, load_pipeline
+from pipelines.masks import kept_cells
+from pipelines.sample import device_of
+from pipelines.sampling_config import ALIASES, SamplingConfig
+from pipelines.two_stage import TwoStagePipeline
+from stage1_tokenizer.data.base import SOURCES, Source, SourceConfig, Split
+from stage1_tokenizer.data.bundled import BundledConfig
+from stage1_tokenizer.metrics import unit
+
+PROGRAM = "python -m pipelines.judge_completions"
+SHOWN = 10
+Part = Literal["upper", "lower", "left", "right", "centre"]
+
+
+class JudgeConfig(Config):
+    """Measures completions of held-out images by the likelihood of another pipeline."""
+
+    data: SourceConfig = BundledConfig()
+    """The data that the pipelines were trained on."""
+    split: SplitName = "validation"
+    """Whose first images are completed."""
+    pipeline: Place[str] = ""
+    """Completes: folder of a saved pipeline, or a Hub id; the pipeline that ships with the package where empty."""
+    judge: Place[str] = ""
+    """Judges, likewise; its priors should know exact likelihoods, and its tokenizer must be the same."""
+    part: Part = "right"
+    """What is drawn anew: a half, or the centre of half the height and width."""
+    n: Annotated[int, Field(ge=2)] = 1000
+    """Images, or all of the split where it has fewer."""
+    sampling: SamplingConfig = SamplingConfig()
+    """Temperature and the like."""
+    bootstrap: Annotated[int, Field(ge=2)] = 200
+    """Resampled sets behind each interval."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the completions and the baseline."""
+    out: Place[Annotated[str, Field(min_length=1)]] = "completions"
+    """The folder for completions.json and completions.png."""
+    device: Place[str] = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+
+
+def part_mask(part: Part, n: int, shape: Sequence[int]) -> Tensor:
+    """(n, 1, H, W) bool, True in the part."""
+    height, width = shape
+    mask = torch.zeros(n, 1, height, width, dtype=torch.bool)
+    rows, columns = {
+        "upper": (slice(height // 2), slice(None)),
+        "lower": (slice(height // 2, None), slice(None)),
+        "left": (slice(None), slice(width // 2)),
+        "right": (slice(None), slice(width // 2, None)),
+        "centre": (slice(height // 4, height - height // 4), slice(width // 4, width - width // 4)),
+    }[part]
+    mask[:, :, rows, columns] = True
+    return mask
+
+
+def encoded(pipeline: TwoStagePipeline, split: Split, rows: Tensor) -> list[Tensor]:
+    """Codes of rows of a split on the CPU, one (n, *grid) int64 tensor for each level that the priors model."""
+    parts = [[c.cpu() for c in pipeline.encode(unit(split.batch(some)["x"]))] for some in rows.split(BATCH)]
+    return [torch.cat(level) for level in zip(*parts, strict=True)][: pipeline.priors[-1].levels.stop]
+
+
+def measure_completions(
+    pipeline: TwoStagePipeline, judge: TwoStagePipeline, source: Source, config: JudgeConfig
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The figures as a plain tree, and rows of images for a picture.
+
+    Raises:
+        ValueError: pipelines of different tokenizers or data; a part that the pipeline's priors cannot complete.
+    """
+    for one in (pipeline, judge):
+        check_fit(one, source)
+    if judge.tokenizer.fingerprint != pipeline.tokenizer.fingerprint:
+        prints = f"{judge.tokenizer.fingerprint[:12]}; the pipeline's is {pipeline.tokenizer.fingerprint[:12]}"
+        raise ValueError(f"judge: its tokenizer is {prints}: codes mean something else to it")
+    split, train = source.split(config.split), source.split("train")
+    rows = torch.arange(min(config.n, len(split)))
+    label = None if split.labels is None else split.labels[rows]
+    codes = encoded(pipeline, split, rows)
+    mask = part_mask(config.part, len(rows), pipeline.signal.shape)
+    keep = [kept_cells(mask, level.shape) for level in pipeline.spec.levels[: len(codes)]]
+    drawn = sum(int((~k[0]).sum()) for k in keep)
+
+    known = label if pipeline.classes else None
+    completed = [c.cpu() for c in pipeline.complete_codes(codes, keep, label=known, seed=config.seed, **config.sampling.given())]
+    levels = pipeline.spec.levels[: len(codes)]
+    baseline = IndependentCodes(levels, encoded(pipeline, train, torch.arange(len(train))), train.labels, len(source.classes))
+    marginal = baseline.sample(rows, label if baseline.labels is not None else None, config.seed)
+    independent = [torch.where(k, c, other) for k, c, other in zip(keep, codes, marginal, strict=True)]
+
+    sets = {"real": codes, "completed": completed, "independent": independent}
+    judged = label if judge.classes else None
+    bits = {name: judge.nll(found, judged).cpu() / (math.log(2) * drawn) for name, found in sets.items()}
+
+    def figure(values: Tensor) -> dict[str, float]:
+        return mean_estimate(values, config.bootstrap, config.seed, "completions").to_dict()
+
+    tree = {
+        "pipeline": describe_pipeline(pipeline),
+        "judge": describe_pipeline(judge) | {"nll_is_bound": judge.nll_is_bound},
+        "data": source.describe(),
+        "split": config.split,
+        "part": config.part,
+        "images": len(rows),
+        "drawn_codes": drawn,
+        "seed": config.seed,
+        "sampling": config.sampling.given(),
+        "bits_per_drawn_code": {
+            "completed_above_real": figure(bits["completed"] - bits["real"]),
+            "independent_above_real": figure(bits["independent"] - bits["real"]),
+            "independent_above_completed": figure(bits["independent"] - bits["completed"]),
+        },
+        "bootstrap": {"replicates": config.bootstrap, "level": LEVEL},
+    }
+    first = slice(SHOWN)
+    x = unit(split.batch(rows[first])["x"])
+    decoded = {name: pipeline.decode([c[first] for c in sets[name]]).cpu() for name in ("completed", "independent")}
+    return tree, {"real": x, "known": torch.where(mask[first], 0.5, x)} | decoded
+
+
+def table_text(tree: Mapping[str, Any]) -> str:
+    """The figures in lines."""
+    words = {
+        "completed_above_real": "completed, above the images as they were",
+        "independent_above_real": "drawn independently, above the images as they were",
+        "independent_above_completed": "drawn independently, above completed",
+    }
+    head = f"{tree['images']} {tree['split']} images, part {tree['part']}: {tree['drawn_codes']} codes of each drawn"
+    lines = [f"{head}; bits per drawn code by the judge:"]
+    for key, text in words.items():
+        found = tree["bits_per_drawn_code"][key]
+        lines.append(f"  {text}: {found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, flags = parse(JudgeConfig, argv, ALIASES, PROGRAM)
+    check_script(flags)
+    device = device_of(config.device)
+    source = SOURCES.build(config.data)
+    if flags.check or flags.dry_run:
+        print("\n".join(source.summary()))
+        return
+    pipeline, judge = load_pipeline(config.pipeline, device), load_pipeline(config.judge, device)
+    tree, pictures = measure_completions(pipeline, judge, source, config)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "completions.json", json_bytes(tree))
+    save_strips(out / "completions.png", pictures, title=f"Completions: {config.part}")
+    print(table_text(tree))
+    print(f"{out}/completions.json and completions.png written")
+
+
+if __name__ == "__main__":
+    run_main(main)

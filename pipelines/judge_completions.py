@@ -49,8 +49,8 @@ class JudgeConfig(Config):
     """Completes: folder of a saved pipeline, or a Hub id; the pipeline that ships with the package where empty."""
     judge: Place[str] = ""
     """Judges, likewise; its priors should know exact likelihoods, and its tokenizer must be the same."""
-    part: Part = "right"
-    """What is drawn anew: a half, or the centre of half the height and width."""
+    part: Part = "lower"
+    """What is drawn anew: a half, or the centre of half the height and width. Autoregressive priors complete the lower half alone."""
     n: Annotated[int, Field(ge=2)] = 1000
     """Images, or all of the split where it has fewer."""
     sampling: SamplingConfig = SamplingConfig()

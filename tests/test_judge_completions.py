@@ -27,7 +27,7 @@ ladders = tiny.ladders  # a fixture
 def test_the_figures_are_those_of_plain_code(kind: str) -> None:
     pipeline, judge = tiny.pipeline(kind, micro_batch=16), tiny.pipeline("gpt" if kind == "maskgit" else "ladder", micro_batch=16)
     source, options = Blobs(), SamplingConfig(temperature=0.7)
-    tree, pictures = measure_completions(pipeline, judge, source, JudgeConfig(n=30, seed=3, sampling=options, bootstrap=20))
+    tree, pictures = measure_completions(pipeline, judge, source, JudgeConfig(part="right", n=30, seed=3, sampling=options, bootstrap=20))
     held, train = (source.split(name).batch(torch.arange(n)) for name, n in (("validation", 30), ("train", 120)))
     codes, mask = pipeline.encode(unit(held["x"])), torch.zeros(30, 1, 8, 8, dtype=torch.bool)
     mask[..., 4:] = True
@@ -61,7 +61,7 @@ def test_halves_make_a_whole_and_the_centre_has_a_border(shape: tuple[int, int])
 
 
 def test_what_cannot_be_judged_or_completed_is_refused() -> None:
-    one, source, few = tiny.pipeline("gpt"), Blobs(), JudgeConfig(n=4, bootstrap=2)
+    one, source, few = tiny.pipeline("gpt"), Blobs(), JudgeConfig(part="right", n=4, bootstrap=2)
     with pytest.raises(ValueError, match="mask: the gpt prior of codes cannot complete it"):
         measure_completions(one, one, source, few)
     other = tiny.TwoStagePipeline(tiny.tokenizer(5), [tiny.prior("gpt", tiny.codes_spec(tiny.tokenizer(5)))])

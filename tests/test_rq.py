@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from intarsia.specs import Cond
+from pipelines import TwoStagePipeline, assemble, sample
+from stage1_tokenizer import encode
+from stage1_tokenizer.quantizers.base import QuantizerConfig
+from stage1_tokenizer.quantizers.product import ProductConfig
+from stage1_tokenizer.quantizers.residual import ResidualConfig
+from stage1_tokenizer.quantizers.vq import VQConfig
+from stage2_prior import train as train_prior
 from stage2_prior.priors.rq import RQPrior
 from tests.tiny_priors import Case
+from tests.training import TOKENIZER, run_training, tiny
 
+INNER = VQConfig(codes=12, dim=4, decay=0.9)
 CASE = Case("rq", ((6, (2, 3)), (5, (2, 3)), (4, (2, 3))), classes=3)
 
 
@@ -80,3 +92,22 @@ def test_training_learns_what_a_depth_says_about_the_next_and_about_the_next_pos
     bits = prior.nll([codes, codes]).mean(0) / torch.tensor(2.0).log()
     assert 1.9 < bits[0] < 2.3 and (bits[1:] < 0.15).all()
     assert set(stats) == {"bits", "bits/level0", "bits/level1"}
+
+
+TWO = {"residual": ResidualConfig(stages=2, inner=INNER), "product": ProductConfig(groups=2, inner=INNER)}
+
+
+@pytest.mark.parametrize("quantizer", TWO.values(), ids=TWO)
+def test_depths_and_groups_go_the_whole_way_by_the_ordinary_scripts(tmp_path: Path, quantizer: QuantizerConfig) -> None:
+    names = ("tokenizer", "codes", "prior", "pipeline")
+    tokenizer, codes, run, pipeline = (str(tmp_path / name) for name in names)
+    run_training(tiny(tokenizer, steps=6, tokenizer=TOKENIZER.replace(quantizer=quantizer)))
+    encode.main(["--tokenizer", tokenizer, "--out", codes])
+    small = ["--prior.type", "rq", "--prior.width", "16", "--prior.depth", "1", "--prior.heads", "2", "--steps", "4", "--batch_size", "8"]
+    train_prior.main(["--codes", codes, "--run", run, *small, "--log.pictures_every", "0", "--device", "cpu"])
+    assemble.main(["--tokenizer", tokenizer, "--priors", run, "--out", pipeline])
+    sample.main(["--pipeline", pipeline, "--n", "6", "--seed", "2", "--out", str(tmp_path / "samples.npz"), "--device", "cpu"])
+    saved = TwoStagePipeline.from_pretrained(pipeline)
+    assert [level.vocab for level in saved.spec.levels] == [12, 12] and saved.priors[0].type_name == "rq"
+    drawn = np.load(tmp_path / "samples.npz")
+    assert np.array_equal(drawn["images"], (saved.sample(6, seed=2) * 255).round().to(torch.uint8).movedim(1, -1).numpy())

@@ -25,7 +25,7 @@ TOKENIZERS = ("fashion/vqvae", "fashion_mnist/vqvae", "fashion_mnist/vqvae2", "e
 PRIORS = ("fashion/prior", "fashion_mnist/pixelcnn", "fashion_mnist/gpt", "fashion_mnist/maskgit")
 WARMUP, REPEATS = 4, 15
 CODES = 2000  # random ones, for the priors
-QUIET = ["--log.validate_every=0", "--log.pictures_every=0", f"--max_steps={WARMUP + REPEATS}"]
+QUIET = ["--device=cpu", "--log.validate_every=0", "--log.pictures_every=0", f"--max_steps={WARMUP + REPEATS}"]
 
 
 class Products:

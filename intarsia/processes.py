@@ -22,8 +22,10 @@ def start(device: str, timeout: float) -> torch.device:
         timeout: seconds after which a process that waits for another gives up.
 
     Raises:
-        ConfigError: cuda where there is none. RunError: where WORLD_SIZE processes do not find each other.
+        ConfigError: another word than these; cuda where there is none. RunError: where WORLD_SIZE processes do not find each other.
     """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError([f"device: {device!r}; expected auto, cpu or cuda: each process has a card of its own"])
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
         raise ConfigError(["device: 'cuda', but torch sees no CUDA device; expected 'cpu' or 'auto'"])

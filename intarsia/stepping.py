@@ -180,7 +180,7 @@ class Stepper:
     def _reduce_flags(self, finite: Tensor | None, gradients: Tensor, signal: int) -> dict[str, list[int]]:
         """{quantity: ranks} of what is not finite anywhere. The one collective, and the one host sync, of a step beside DDP's own."""
         world = self.comm.world_size
-        latents = torch.ones((), dtype=torch.bool) if finite is None else finite
+        latents = torch.ones((), dtype=torch.bool, device=self.device) if finite is None else finite
         # In several processes the reduced gradients are not finite on any rank if they are not on one.
         local = gradients if world == 1 else self._local_gradients
         flags = torch.stack([f.to(self.device) for f in (latents, self._finite_loss, local, gradients)]).logical_not().to(torch.int64)

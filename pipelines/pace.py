@@ -71,6 +71,8 @@ def ratio(training: Sequence[str], reference: Sequence[str]) -> float:
 
 def _on_request() -> None:
     """The process behind ``Stepper``: standard output is for the seconds alone."""
+    import torch
+
     from intarsia.run import Run
 
     answers, whole = os.fdopen(os.dup(1), "w"), Run.steps
@@ -82,6 +84,8 @@ def _on_request() -> None:
                 os._exit(0)
             begin = time.perf_counter()
             yield step
+            if run.device.type == "cuda":
+                torch.cuda.synchronize(run.device)
             print(time.perf_counter() - begin, file=answers, flush=True)
 
     Run.steps = asked  # type: ignore[method-assign, assignment]

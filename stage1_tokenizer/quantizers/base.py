@@ -87,6 +87,13 @@ class Quantizer(nn.Module):
         """
         raise NotImplementedError
 
+    @torch.no_grad()
+    def as_on_rank_0(self, comm: Comm) -> None:
+        """Takes over rank 0's numbers after ``initialize``: on CUDA each rank may have added the same rows in another order."""
+        for tensor in self.state_dict().values():
+            if tensor.is_floating_point():
+                comm.broadcast_(tensor)
+
     def update(self, rng: StepRng, comm: Comm) -> dict[str, Tensor]:
         """Once per optimizer step: moving averages, restarts, growth; the same on every rank. Returns scalars to log."""
         return {}

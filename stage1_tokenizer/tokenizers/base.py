@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from intarsia.config import Config
 from intarsia.distributed import Comm
 from intarsia.hub import Pretrained
+from intarsia.inference import inference
 from intarsia.padded import run_padded
 from intarsia.registry import Registry
 from intarsia.rng import StepRng
@@ -130,7 +131,7 @@ class Tokenizer(Pretrained, nn.Module):
         Raises ValueError for a wrong shape, NaN or inf, or values outside [-1, 1], naming the first bad row.
         """
         check_signal(x, self.signal, self.stride)
-        with _inference(self, x.device):
+        with inference(self):
             return list(run_padded(self._encode, [x.to(self.dtype)], self.config.micro_batch))
 
     @torch.no_grad()
@@ -143,7 +144,7 @@ class Tokenizer(Pretrained, nn.Module):
             check_codes(c, level.vocab, f"codes of level {level.name!r}")
         if cond is not None:
             raise ValueError(f"cond: {type(self).__name__} has no use for a condition")
-        with _inference(self, codes[0].device):
+        with inference(self):
             return run_padded(lambda *c: [self._decode(c, None)], list(codes), self.config.micro_batch)[0]
 
     def level_specs(self) -> tuple[Any, ...]:
@@ -161,22 +162,6 @@ class Tokenizer(Pretrained, nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
-
-
-class _inference:
-    """Eval mode without autocast; the mode is restored."""
-
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self.module, self.cast = module, torch.autocast(device.type, enabled=False)
-
-    def __enter__(self) -> None:
-        self.was_training = self.module.training
-        self.module.eval()
-        self.cast.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self.cast.__exit__(*error)
-        self.module.train(self.was_training)
 
 
 def check_signal(x: Tensor, signal: SignalSpec, stride: tuple[int, ...]) -> None:

@@ -88,6 +88,7 @@ class VQVAE(Tokenizer):
         parts = [self.latents(x).movedim(1, -1).reshape(-1, self.quantizer.dim) for x in batches]
         rows = torch.cat(parts) if parts else torch.zeros(0, self.quantizer.dim, device=self.device, dtype=self.dtype)
         self.quantizer.initialize(comm.gather_rows(rows), rng)
+        self.quantizer.as_on_rank_0(comm)
 
     @torch.no_grad()
     def reestimate(self, batches: Iterable[tuple[Tensor, StepRng]], comm: Comm) -> None:

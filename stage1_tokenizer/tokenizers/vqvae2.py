@@ -226,6 +226,7 @@ class VQVAE2(Tokenizer):
             parts = [self._level_latents(i, x).movedim(1, -1).reshape(-1, quantizer.dim) for x in kept]
             rows = torch.cat(parts) if parts else torch.zeros(0, quantizer.dim, device=self.device, dtype=self.dtype)
             quantizer.initialize(comm.gather_rows(rows), rng.sub(name))
+            quantizer.as_on_rank_0(comm)
 
     @torch.no_grad()
     def reestimate(self, batches: Iterable[tuple[Tensor, StepRng]], comm: Comm) -> None:

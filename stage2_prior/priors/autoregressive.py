@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from intarsia.inference import inference
 from intarsia.rng import StepRng, uniform
 from intarsia.specs import CodesSpec, Cond
 from stage2_prior.arguments import check_codes
 from stage2_prior.digits import to_digits, weights_of
-from stage2_prior.inference import inference
 from stage2_prior.layout import Layout
 from stage2_prior.priors.base import Known, Prior, PriorConfig, Stats, bits
 from stage2_prior.sampling import DrawOptions, draw, guide

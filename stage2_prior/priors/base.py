@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from intarsia.config import Config, ConfigError
 from intarsia.hub import Pretrained
+from intarsia.inference import inference
 from intarsia.padded import run_padded
 from intarsia.registry import Registry
 from intarsia.rng import StepRng
@@ -20,7 +21,6 @@ from intarsia.specs import CodesSpec, Cond, LevelSpec
 from stage2_prior.arguments import check_codes, check_ids, check_known, check_label, whole
 from stage2_prior.corruption import corrupted
 from stage2_prior.digits import LARGEST_FULL
-from stage2_prior.inference import inference
 from stage2_prior.sampling import DrawOptions, choose_options
 
 PRIORS: Registry[Prior] = Registry("prior", "stage2_prior.priors")

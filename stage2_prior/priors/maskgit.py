@@ -11,12 +11,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from intarsia.config import Place
+from intarsia.inference import inference
 from intarsia.rng import StepRng, uniform
 from intarsia.specs import CodesSpec, Cond
 from stage2_prior.context import Context, ContextEncoder, embedding
 from stage2_prior.decoding import MaskGITOptions, decode
 from stage2_prior.heads import Logits
-from stage2_prior.inference import inference
 from stage2_prior.layout import Layout
 from stage2_prior.masking import Schedule, masked_count, masked_places
 from stage2_prior.packed import packed

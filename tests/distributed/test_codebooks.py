@@ -10,6 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from intarsia.distributed import comm
+from intarsia.rng import StepRng
+from intarsia.specs import SignalSpec
+from stage1_tokenizer.quantizers import vq
 from stage1_tokenizer.quantizers.base import QUANTIZERS
 from stage1_tokenizer.quantizers.bsq import BSQConfig
 from stage1_tokenizer.quantizers.entropy import EntropyConfig
@@ -18,6 +22,7 @@ from stage1_tokenizer.quantizers.gumbel import GumbelConfig
 from stage1_tokenizer.quantizers.lfq import LFQConfig
 from stage1_tokenizer.quantizers.product import ProductConfig
 from stage1_tokenizer.quantizers.residual import ResidualConfig
+from stage1_tokenizer.quantizers.search import kmeans
 from stage1_tokenizer.quantizers.simvq import SimVQConfig
 from stage1_tokenizer.quantizers.vq import VQConfig
 from stage1_tokenizer.tokenizers.base import TOKENIZERS
@@ -108,3 +113,22 @@ def test_codebooks_came_from_kmeans_and_codes_restarted_in_every_step(case, both
     assert min(restarts) >= 1
     for name in (name for name in states[0] if name.endswith("codebook")):
         assert all(not torch.equal(before[name], after[name]) for before, after in pairwise(states)), name
+
+
+@pytest.mark.parametrize("config", [TOKENIZER, HIERARCHY], ids=["one level", "two levels"])
+def test_ranks_whose_kmeans_differs_in_the_last_bits_hold_one_codebook(config, ranks, monkeypatch):
+    """As on CUDA, where sums of the same rows may be added up in another order on each card."""
+    rank = 0
+    monkeypatch.setattr(vq, "kmeans", lambda rows, k, rng: tuple(t * (1 + 1e-6 * rank) for t in kmeans(rows, k, rng)))
+
+    def work(number: int) -> dict[str, torch.Tensor]:
+        nonlocal rank
+        rank = number
+        torch.manual_seed(0)
+        tokenizer = TOKENIZERS.build(config, SignalSpec("image", 1, (8, 8)))
+        x = StepRng(0, 0, torch.arange(64)).uniform("x", 1, 8, 8) * 2 - 1
+        tokenizer.initialize([x[number::2]], StepRng(0, 0, torch.arange(64)), comm)
+        return {name: t.clone() for name, t in tokenizer.state_dict().items()}
+
+    first, second = ranks(work)
+    assert first.keys() == second.keys() and all(torch.equal(t, second[name]) for name, t in first.items())

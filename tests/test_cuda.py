@@ -24,6 +24,14 @@ SIGNAL = SignalSpec("image", 1, (8, 8))
 CONDITIONAL = [case for case in CASES if case.classes]
 
 
+@pytest.fixture(autouse=True)
+def _settings_of_torch() -> Iterator[None]:
+    """A run asks torch for deterministic operations; the next test begins without."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 @contextmanager
 def no_waiting() -> Iterator[None]:
     """An error where the host waits for the card."""

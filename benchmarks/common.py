@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
@@ -110,10 +110,15 @@ def versions(*packages: str) -> dict[str, str]:
     return found | {name: importlib.metadata.version(name) for name in ("torch", "numpy", *packages)}
 
 
-def report(benchmark: str, rows: Sequence[Row], *packages: str) -> None:
-    """A table on stdout, then the one line of JSON, in which ``holds`` tells whether a goal is met."""
+def show(rows: Sequence[Row], file: TextIO | None = None) -> None:
+    """A line for each figure; long benchmarks show them on stderr as they come."""
     for r in rows:
         goal = "" if r.goal is None else f"   goal {r.goal}: {'holds' if r.holds else 'MISSED'}"
-        print(f"{r.case:<48} {r.value:>14,.4g} {r.unit}{goal}")
+        print(f"{r.case:<48} {r.value:>14,.4g} {r.unit}{goal}", file=file, flush=True)
+
+
+def report(benchmark: str, rows: Sequence[Row], *packages: str) -> None:
+    """A table on stdout, then the one line of JSON, in which ``holds`` tells whether a goal is met."""
+    show(rows)
     tree = {"benchmark": benchmark, "rows": [asdict(r) for r in rows], "machine": machine(), "versions": versions(*packages)}
     print(json.dumps(tree), flush=True)

@@ -13,11 +13,12 @@ Latents are the output of a network, (8, D, 32, 32) in channels-last layout, and
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Row, interleaved, pin, ratios, report, row
+from benchmarks.common import Row, interleaved, pin, ratios, report, row, show
 
 BATCH, SIDE = 8, 32
 SIZES = [(k, d) for d in (8, 64, 256) for k in (512, 1024, 8192, 16384)]
@@ -141,7 +142,6 @@ def speed(codes: int, dim: int, device: str, repeats: int) -> list[Row]:
 def memory() -> list[Row]:
     """MB by which the peak resident memory of a fresh process grows in two training steps over latents that it holds already."""
     import subprocess
-    import sys
 
     run = [sys.executable, "-c", f"from benchmarks.quantizer import grown; print(grown(**{LARGE!r}))"]
     done = subprocess.run(run, check=True, capture_output=True, text=True)
@@ -152,7 +152,6 @@ def memory() -> list[Row]:
 def grown(n: int, codes: int, dim: int) -> float:
     """MB (10^6 bytes) that two training steps add to the peak, beside latents, their gradient and the codebook; in a fresh process."""
     import resource
-    import sys
 
     import torch
 
@@ -196,10 +195,12 @@ def main() -> None:
     found: list[Row] = []
     for case in cases:
         if case == "memory":
-            found += memory()
+            rows = memory()
         else:
             codes, dim = (int(word) for word in case.split("x"))
-            found += speed(codes, dim, given.device, given.repeats)
+            rows = speed(codes, dim, given.device, given.repeats)
+        show(rows, sys.stderr)
+        found += rows
     report("quantizer", found, "vector-quantize-pytorch")
 
 

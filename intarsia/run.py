@@ -259,8 +259,10 @@ class Run(RunFolder):
         on."""
         if self.config.log.release == "last" or self._journal.best is None or not (self.folder / "model").exists():
             self.release(save)
-        if self.is_main and self.config.log.pictures_every:
-            self._journal.draw_curves()
+        if self.config.log.pictures_every:
+            with on_main("curves.png", comm, self.device):
+                if self.is_main:
+                    self._journal.draw_curves()
         self.close()
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()

@@ -24,7 +24,7 @@ from pipelines.evaluation.baseline import IndependentCodes
 from pipelines.evaluation.bootstrap import LEVEL, mean_estimate
 from pipelines.evaluation.report import describe_pipeline
 from pipelines.evaluation.sets import BATCH
-from pipelines.evaluation.settings import SplitName, check_fit, check_script, load_pipeline
+from pipelines.evaluation.settings import SplitName, check_fit, check_script, data_name, load_pipeline
 from pipelines.masks import kept_cells
 from pipelines.sample import device_of
 from pipelines.sampling_config import ALIASES, SamplingConfig
@@ -80,6 +80,15 @@ def part_mask(part: Part, n: int, shape: Sequence[int]) -> Tensor:
     return mask
 
 
+def check_pair(pipeline: TwoStagePipeline, judge: TwoStagePipeline, source: Source) -> None:
+    """Raises ValueError for data that are not those of the pipelines, and for a judge of another tokenizer's codes."""
+    for one in (pipeline, judge):
+        check_fit(one, source)
+    if judge.tokenizer.fingerprint != pipeline.tokenizer.fingerprint:
+        prints = f"{judge.tokenizer.fingerprint[:12]}; the pipeline's is {pipeline.tokenizer.fingerprint[:12]}"
+        raise ValueError(f"judge: its tokenizer is {prints}: codes mean something else to it")
+
+
 def encoded(pipeline: TwoStagePipeline, split: Split, rows: Tensor) -> list[Tensor]:
     """Codes of rows of a split on the CPU, one (n, *grid) int64 tensor for each level that the priors model."""
     parts = [[c.cpu() for c in pipeline.encode(unit(split.batch(some)["x"]))] for some in rows.split(BATCH)]
@@ -94,11 +103,7 @@ def measure_completions(
     Raises:
         ValueError: pipelines of different tokenizers or data; a part that the pipeline's priors cannot complete.
     """
-    for one in (pipeline, judge):
-        check_fit(one, source)
-    if judge.tokenizer.fingerprint != pipeline.tokenizer.fingerprint:
-        prints = f"{judge.tokenizer.fingerprint[:12]}; the pipeline's is {pipeline.tokenizer.fingerprint[:12]}"
-        raise ValueError(f"judge: its tokenizer is {prints}: codes mean something else to it")
+    check_pair(pipeline, judge, source)
     split, train = source.split(config.split), source.split("train")
     rows = torch.arange(min(config.n, len(split)))
     label = None if split.labels is None else split.labels[rows]
@@ -164,10 +169,11 @@ def main(argv: list[str] | None = None) -> None:
     check_script(flags)
     device = device_of(config.device)
     source = SOURCES.build(config.data)
-    if flags.check or flags.dry_run:
-        print("\n".join(source.summary()))
-        return
+    print(f"data: {data_name(config.data)}", flush=True)
     pipeline, judge = load_pipeline(config.pipeline, device), load_pipeline(config.judge, device)
+    check_pair(pipeline, judge, source)
+    if flags.check or flags.dry_run:
+        return
     tree, pictures = measure_completions(pipeline, judge, source, config)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -74,6 +74,8 @@ def test_the_command_writes_figures_and_a_picture(tmp_path: Path, capsys: Any, m
         tiny.pipeline(kind, micro_batch=16).save_pretrained(tmp_path / kind)
     monkeypatch.setattr(judge_completions.SOURCES, "build", lambda config: Blobs())
     words = ["--pipeline", str(tmp_path / "maskgit"), "--judge", str(tmp_path / "pixelcnn"), "--part", "centre", "--n", "500"]
+    main([*words, "--out", str(tmp_path / "checked"), "--check"])
+    assert not (tmp_path / "checked").exists()
     main([*words, "--out", str(tmp_path / "out"), "--bootstrap", "5", "--device", "cpu", "--steps", "3"])
     tree = json.loads((tmp_path / "out" / "completions.json").read_text())
     assert tree["images"] == 40 and tree["drawn_codes"] == 4 and tree["sampling"] == {"steps": 3}

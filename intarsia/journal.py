@@ -70,9 +70,9 @@ class Journal:
 
     def draw_curves(self) -> None:
         """curves.png: each figure of metrics.jsonl over the steps. Nothing where there are none."""
-        from intarsia.pictures import save_curves
+        from intarsia.pictures import NoFiguresError, save_curves
 
-        with suppress(ValueError):  # no figure was logged
+        with suppress(NoFiguresError):
             save_curves(self.metrics.path.with_name("curves.png"), {"": self.metrics.path})
 
     @property

@@ -195,11 +195,15 @@ def _series(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, tuple[lis
     return found
 
 
+class NoFiguresError(ValueError):
+    """A metrics.jsonl in which nothing was logged yet."""
+
+
 def _curves(metrics: Path, limit: int) -> Image:
     """One panel per figure of a metrics.jsonl."""
     found = _series(read_metrics(metrics))
     if not found:
-        raise ValueError(f"{metrics}: holds no figures to draw")
+        raise NoFiguresError(f"{metrics}: holds no figures to draw")
     names = sorted(found, key=lambda name: ("validation" not in found[name], not name.startswith("health/")))[:limit]
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
@@ -221,7 +225,7 @@ def save_curves(path: str | Path, runs: Mapping[str, str | Path], *, limit: int 
     """Each figure of each run over the steps, training and validation (``validation/NAME``) in one panel.
 
     Figures with a validation come first, then the health of the codes, then the rest in their order, ``limit`` panels per run. Raises
-    ValueError for a file without figures.
+    NoFiguresError for a file without figures.
 
     Args:
         runs: heading -> metrics.jsonl.

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from intarsia.cli import parse, run_main
-from intarsia.config import Place
+from intarsia.config import ConfigError, Place
 from intarsia.files import json_bytes, write_atomic
 from intarsia.pictures import save_grid, save_strips
 from pipelines.evaluation.baseline import IndependentCodes
@@ -86,6 +86,8 @@ def evaluate_pipeline(pipeline: TwoStagePipeline, source: Source, model: Feature
     """All figures. The pipeline stays on its device; ``config`` says how many, which splits and which seed."""
     check_fit(pipeline, source)
     held_split, train = source.split(config.split), source.split("train")
+    if len(held_split) < 2:
+        raise ConfigError([f"split: {config.split} has {len(held_split)} image(s); figures need at least 2"])
     chosen = choose_reference(source, config, bool(pipeline.classes))
     balanced = chosen.balanced
 

@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-COLLAPSE = (
-    "update: ema in place of gradient; restart: 0.05; init: kmeans; beta: 0.1; an entropy bonus; a codebook that grows;"
-    " cosine: true with dim 8; fewer codes"
-)
 LOW_USAGE, FEW_CODES = 0.5, 0.1  # share of the codebook used; perplexity as a share of the used codes
 TWINS = 0.05  # a pair nearer than this share of the median distance to the nearest code
 POOR = 0.5  # quantisation error as a share of the latents' variance
@@ -31,6 +27,7 @@ class LevelFacts:
             codes' vectors.
         twins: how many used codes have another one next to them; None where vectors were not compared.
         swap_cost: dB; None for a single level.
+        against_collapse: what its kind of quantiser has against a collapse.
     """
 
     name: str
@@ -46,6 +43,7 @@ class LevelFacts:
     error: float
     twins: int | None
     swap_cost: float | None
+    against_collapse: str
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def level_findings(facts: LevelFacts) -> list[Finding]:
     found = []
     where, ratio = f"level {facts.name}", facts.error / max(facts.variance, 1e-12)
     if facts.table_used is not None and facts.table_used < LOW_USAGE * min(facts.vocab, facts.seen):
-        found.append(Finding(f"{where}: collapse, {facts.table_used} of {facts.vocab} codes are used", COLLAPSE))
+        found.append(Finding(f"{where}: collapse, {facts.table_used} of {facts.vocab} codes are used", facts.against_collapse))
     elif facts.perplexity < FEW_CODES * facts.used:
         shown = f"{where}: perplexity {facts.perplexity:.0f} of {facts.used} used codes: a few codes do nearly all the work"
         found.append(Finding(shown, "fine where the data have much empty background or a rate is set; else beta: 0.1, or fewer codes"))

@@ -109,6 +109,7 @@ def examine(tokenizer: Tokenizer, objective: Objective, split: Split, samples: i
                 error=total.quantization_error,
                 twins=twins,
                 swap_cost=swaps[i] if swaps else None,
+                against_collapse=quantizer.against_collapse,
             )
         )
     curve = rate_distortion(tokenizer, x, [count.sum(1) for count in counts])

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from intarsia.cli import RunError
 from intarsia.config import Config, Place
 from intarsia.distributed import Comm
-from stage1_tokenizer.advice import COLLAPSE
 from stage1_tokenizer.metrics import code_statistics
 from stage1_tokenizer.quantizers.base import Quantizer
 from stage1_tokenizer.symptoms import LARGEST_CODEBOOK, LARGEST_TABLE, code_vectors, level_quantizers, share_tables
@@ -137,16 +136,17 @@ class Health(nn.Module):
 
     def _act(self, collapsed: list[tuple[int, str]], quantizers: list[Quantizer] | None, reinitialize: Any, say: Any) -> None:
         tell = (lambda line: None) if self.config.quiet else say
+        tries = {i: (quantizers[i] if quantizers else Quantizer).against_collapse for i, _ in collapsed}
         if self.config.collapse == "stop":
-            raise RunError(f"collapse: {'; '.join(what for _, what in collapsed)}; try: {COLLAPSE}")
+            raise RunError(f"collapse: {'; '.join(f'{what}; try: {tries[i]}' for i, what in collapsed)}")
         applied = False
         for i, what in collapsed:
             remedies = quantizers[i].remedies() if quantizers else ()
             stage = int(self.stage[i])
             if self.config.collapse == "warn":
-                tell(f"collapse: {what}; try: {COLLAPSE}, or health.collapse: auto")
+                tell(f"collapse: {what}; try: {tries[i]}{', or health.collapse: auto' if remedies else ''}")
             elif stage >= len(remedies):
-                tell(f"collapse: {what}; all remedies are applied ({', '.join(remedies) or 'there is none for it'}); try: {COLLAPSE}")
+                tell(f"collapse: {what}; all remedies are applied ({', '.join(remedies) or 'there is none for it'}); try: {tries[i]}")
             elif quantizers:
                 quantizers[i].remedy(remedies[stage])
                 self.stage[i] += 1

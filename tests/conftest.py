@@ -40,6 +40,15 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # for fixtures that are shared
+
+
+@pytest.fixture(autouse=True)
+def _seeded(_one_thread: None) -> None:
+    """A test draws the same numbers whichever tests ran before it in its process."""
+    import torch
+
+    torch.manual_seed(0)
 
 
 def preload() -> None:

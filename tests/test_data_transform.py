@@ -22,7 +22,7 @@ ALL = TransformConfig(size=(6, 5), resize="none", crop="random", flip=True, shif
 def test_a_cut_takes_the_pixels_that_a_loop_takes(axes: tuple[int, ...]) -> None:
     x = torch.arange(6 * 2 * torch.tensor(axes).prod()).view(6, 2, *axes)
     rows, out = torch.tensor([5, 0, 3, 3]), tuple(n - 2 for n in axes)
-    config = TransformConfig(crop="random", flip=True, shift=1)
+    config = TransformConfig(size=4, resize="none", crop="random", flip=True, shift=1)
     places = windows(config, torch.tensor(axes).expand(4, -1), out, rows, epochs=torch.arange(4))
     found = cut(x, rows, places)
     for b, row in enumerate(rows.tolist()):
@@ -30,6 +30,12 @@ def test_a_cut_takes_the_pixels_that_a_loop_takes(axes: tuple[int, ...]) -> None
         for axis, place in enumerate(places):
             one = torch.stack([one.select(axis + 1, int(i)) for i in place[b]], axis + 1)
         assert torch.equal(found[b], one)
+
+
+@pytest.mark.parametrize("given", [{"size": None}, {"size": None, "resize": "none"}, {"size": 8, "resize": "exact", "margin": 2}])
+def test_a_random_crop_of_nothing_is_refused(given: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="crop: random, but size .* leaves nothing to crop away"):
+        TransformConfig(crop="random", **given)
 
 
 def test_windows_stay_inside_and_reach_every_offset() -> None:

@@ -156,6 +156,7 @@ def test_a_level_that_carries_nothing_is_found() -> None:
 def facts(**changes: object) -> LevelFacts:
     healthy = {"seen": 10**5, "used": 512, "table_used": 512}
     healthy |= {"perplexity": 350.0, "entropy_bits": 8.4, "position_bits": (4.0, 7.0, 8.0), "variance": 1.0, "error": 0.1}
+    healthy |= {"against_collapse": "fewer codes"}
     return LevelFacts(**({"name": "codes", "vocab": 512, "positions": 49, "twins": 0, "swap_cost": 12.0} | healthy | changes))  # type: ignore[arg-type]
 
 

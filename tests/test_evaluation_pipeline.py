@@ -248,6 +248,12 @@ def test_more_neighbours_than_images_are_refused_before_the_work(capsys):
     assert "drawing" not in capsys.readouterr().out
 
 
+def test_one_held_out_image_is_refused_before_the_work(capsys):
+    with pytest.raises(ConfigError, match=r"split: validation has 1 image\(s\); figures need at least 2"):
+        evaluate_pipeline(tiny.pipeline("gpt"), Blobs(validation=1), feature_model(), EvaluateConfig(n=60, bootstrap=2))
+    assert "drawing" not in capsys.readouterr().out
+
+
 def test_reference_rows_hold_the_classes_in_turn_and_too_few_are_named():
     split = Blobs().split("train")
     rows = choose_rows(split, 30, 0, 4)

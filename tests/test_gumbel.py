@@ -174,7 +174,7 @@ def test_training_uses_the_codes_and_lowers_the_error() -> None:
         optimizer.step()
         stats = q.update(step_rng(step, 0), comm)
         errors.append(error.item())
-    assert stats["batch_usage"] > 0.9 and sum(errors[-10:]) < 0.5 * sum(errors[:10])
+    assert stats["batch_usage"] > 0.7 and sum(errors[-10:]) < 0.5 * sum(errors[:10])
 
 
 @pytest.mark.parametrize(

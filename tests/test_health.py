@@ -17,8 +17,13 @@ from stage1_tokenizer.checkup import examine
 from stage1_tokenizer.health import Health, HealthConfig
 from stage1_tokenizer.objectives.base import OBJECTIVES
 from stage1_tokenizer.objectives.reconstruction import Reconstruction, ReconstructionConfig
+from stage1_tokenizer.quantizers.base import QUANTIZERS
+from stage1_tokenizer.quantizers.bsq import BSQConfig
+from stage1_tokenizer.quantizers.fsq import FSQConfig
+from stage1_tokenizer.quantizers.gumbel import GumbelConfig
 from stage1_tokenizer.quantizers.lfq import LFQConfig
 from stage1_tokenizer.quantizers.residual import ResidualConfig
+from stage1_tokenizer.quantizers.simvq import SimVQConfig
 from stage1_tokenizer.quantizers.vq import VQ, VQConfig
 from stage1_tokenizer.tokenizers.base import TokenizerOutput
 from stage1_tokenizer.tokenizers.vqvae import VQVAE, VQVAEConfig
@@ -175,6 +180,73 @@ def test_auto_applies_one_remedy_after_the_other_and_says_so() -> None:
     error = quantizer(z, StepRng(0, 0, torch.arange(4))).stats["quantization_error"]
     loss = quantizer(z, StepRng(0, 0, torch.arange(4))).loss
     assert loss.item() == pytest.approx(0.1 * error.item(), rel=1e-5)
+
+
+KINDS = {
+    "vq": VQConfig(codes=32, dim=4, init="normal", beta=1.0),
+    "gumbel": GumbelConfig(codes=32, dim=4, init="normal", scale=1.0),
+    "simvq": SimVQConfig(codes=32, dim=4, init="identity", beta=1.0),
+    "lfq": LFQConfig(bits=5, entropy=0.0, diversity=0.5),
+    "bsq": BSQConfig(bits=5, entropy=0.0),
+    "fsq": FSQConfig(levels=(4, 4)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_remedies_of_every_kind_hold_again_after_a_resumption_and_change_no_state(kind: str) -> None:
+    q, z, rng = QUANTIZERS.build(KINDS[kind]), torch.randn(6, 5, 4), StepRng(0, 0, torch.arange(6))
+    z = z[:, : q.dim]
+    before = {name: t.clone() for name, t in q.state_dict().items()}
+    loss, kinds = q(z, rng).loss.item(), q.remedies()
+    for name in kinds:
+        q.remedy(name, again=True)
+    assert all(torch.equal(before[name], t) for name, t in q.state_dict().items())
+    assert (q(z, rng).loss.item() != loss) == (kind != "fsq")  # beta, the sharpness of logits, or the entropy term
+    with pytest.raises(ValueError, match=f"remedy: 'x'; {kind} has {', '.join(kinds) or 'none'}".replace("(", ".")):
+        q.remedy("x")
+    assert q.against_collapse != "" and len(kinds) == (0 if kind == "fsq" else 1 if kind == "bsq" else 2)
+
+
+@pytest.mark.parametrize("kind", ["vq", "gumbel", "simvq"])
+def test_the_first_remedy_brings_codes_to_latents_that_are_far_away(kind: str) -> None:
+    q, z = QUANTIZERS.build(KINDS[kind]).eval(), 0.1 * torch.randn(50, 4, 20) + torch.tensor([5.0, -3.0, 2.0, 8.0])[:, None]
+    assert q(z).codes[0].unique().numel() < 4
+    q.remedy(q.remedies()[0])
+    q.initialize(z.movedim(1, -1).flatten(0, 1), StepRng(0, 0, torch.arange(50)))
+    assert q(z).codes[0].unique().numel() > 24
+
+
+def test_a_sharper_scale_lets_noise_decide_less() -> None:
+    q, z = QUANTIZERS.build(KINDS["gumbel"].replace(scale=0.5)), torch.randn(50, 4, 20, requires_grad=True)
+    rng = StepRng(0, 0, torch.arange(50))
+    nearest = q.eval()(z).codes[0]
+
+    def agreed() -> float:
+        return float((q.train()(z, rng).codes[0] == nearest).double().mean())
+
+    before = agreed()
+    q.remedy("scale 16")
+    assert before < 0.3 and agreed() > 0.6
+
+
+def test_the_remedies_of_signs_are_the_entropy_term_with_its_default_weights() -> None:
+    for config in (LFQConfig(bits=5, entropy=0.0, diversity=0.0), BSQConfig(bits=5, entropy=0.1)):
+        q, usual = QUANTIZERS.build(config), QUANTIZERS.build(type(config)(bits=5))
+        z, rng = torch.randn(6, 5, 4), StepRng(0, 0, torch.arange(6))
+        for name in q.remedies():
+            q.remedy(name)
+        for _ in range(3):  # the running mean as well
+            assert torch.equal(q(z, rng).loss, usual(z, rng).loss)
+            q.update(rng, comm), usual.update(rng, comm)
+
+
+def test_advice_is_of_the_kind_and_names_auto_where_it_helps() -> None:
+    for config, words, auto in ((LFQConfig(bits=4), "fewer bits", False), (SimVQConfig(codes=8, dim=4), "init: moments", True)):
+        model = tokenizer(config)
+        health, said = Health(HealthConfig(), model), []
+        health.count([torch.zeros(1, 4, 4, dtype=torch.int64)])
+        health.look(model, comm, never, said.append)
+        assert words in said[0] and "ema" not in said[0] and ("health.collapse: auto" in said[0]) == auto
 
 
 def test_the_remedy_turns_restarts_on_that_were_off() -> None:

@@ -51,6 +51,10 @@ class TransformConfig(Config):
             raise ValueError("must not be negative")
         return value
 
+    def model_post_init(self, context: Any) -> None:
+        if self.crop == "random" and (self.size is None or self.resize == "exact"):
+            raise ValueError(f"crop: random, but size {self.size} with resize {self.resize!r} leaves nothing to crop away")
+
     @property
     def augments(self) -> bool:
         return self.flip or self.shift > 0 or self.crop == "random"

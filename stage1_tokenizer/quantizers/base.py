@@ -52,9 +52,11 @@ class Quantizer(nn.Module):
         soft: in training ``Quantized.z`` is a mixture that no code stands for.
         shrink: how much smaller than its input what it leaves is, where that is fixed; 1 where a codebook adapts. A residual
             quantiser magnifies what each stage leaves by this much for the next.
+        against_collapse: settings to try, in order, where few codes are used.
     """
 
     type_name: ClassVar[str]
+    against_collapse: ClassVar[str] = "fewer codes"
     muon: ClassVar[bool] = False  # what it learns by gradient is AdamW's
     dim: int
     straight_through: bool = False

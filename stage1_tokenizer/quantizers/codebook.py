@@ -20,11 +20,13 @@ class CodebookQuantizer(Quantizer):
         codes: K.
         slots: candidates for restarts that are kept in a step.
         averages: sums of the latents of each code are kept in a step.
+        initialized: () bool; while it is false, ``initialize`` sets the codebook.
     """
 
     codes: int
     slots: int = 0
     averages: bool = False
+    initialized: Tensor
 
     def __init__(self, codes: int, dim: int) -> None:
         super().__init__()

@@ -46,6 +46,8 @@ class FSQ(ScalarQuantizer):
     The gradient passes the rounding unchanged and the bound by its derivative.
     """
 
+    against_collapse = "fewer levels or dimensions; a smaller learning rate"
+
     middle: Tensor
     radius: Tensor
     offset: Tensor

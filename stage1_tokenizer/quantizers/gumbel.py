@@ -25,6 +25,7 @@ from stage1_tokenizer.quantizers.base import (
 from stage1_tokenizer.quantizers.codebook import CodebookQuantizer
 from stage1_tokenizer.quantizers.search import kmeans
 
+SHARP = 16.0  # the scale that `remedies` sets
 _NOISE_CELLS = 1 << 18  # draws made at once: the hash works on 64-bit integers
 
 
@@ -65,12 +66,13 @@ class Gumbel(CodebookQuantizer):
     The codebook learns from the decoder's gradient and through the logits.
     """
 
-    initialized: Tensor
+    against_collapse = "init: kmeans; scale: 16; fewer codes"
 
     def __init__(self, config: GumbelConfig) -> None:
         super().__init__(config.codes, config.dim)
         self.config = config
         self.soft = not config.hard
+        self._scale = config.scale  # a remedy may change it
         self.codebook = nn.Parameter(nn.init.normal_(torch.empty(config.codes, config.dim), std=config.dim**-0.5))
         self.head = nn.Linear(config.dim, config.codes) if config.logits == "linear" else None
         self.register_buffer("initialized", torch.tensor(config.init == "normal"))
@@ -92,7 +94,22 @@ class Gumbel(CodebookQuantizer):
 
     def _of_distance(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """scale (2 z.e_j - |e_j|^2): minus the scaled distance, up to a constant of z, which no softmax sees."""
-        return 2 * self.config.scale * vectors, -self.config.scale * vectors.square().sum(1)
+        return 2 * self._scale * vectors, -self._scale * vectors.square().sum(1)
+
+    def remedies(self) -> tuple[str, ...]:
+        """Codes set anew by k-means (and a head that starts from them); then sharper logits, that noise outweighs them no more."""
+        sharper = (f"scale {SHARP:g}",) if self.head is None and self.config.scale < SHARP else ()
+        return ("k-means of the latents as they are", *sharper)
+
+    def remedy(self, name: str, again: bool = False) -> None:
+        known = self.remedies()
+        if name not in known:
+            super().remedy(name)
+        if name == known[0]:
+            if not again:
+                self.initialized.fill_(False)
+        else:
+            self._scale = SHARP
 
     @torch.no_grad()
     def initialize(self, z: Tensor, rng: StepRng) -> None:

@@ -60,6 +60,7 @@ class SignQuantizer(ScalarQuantizer):
     -H(E p) becomes sum_c E p(c) log m(c), which has the gradient of -H at m and is linear in the batch.
     """
 
+    against_collapse = "a larger entropy, with a diversity of 1 or more; fewer bits"
     usage: Tensor
     value: float = 1.0
     shrink = 0.5
@@ -67,6 +68,7 @@ class SignQuantizer(ScalarQuantizer):
     def __init__(self, config: SignConfig) -> None:
         super().__init__((2,) * config.bits)
         self.config = config
+        self._entropy, self._diversity = config.entropy, config.diversity  # remedies may change them
         starts = range(0, config.bits, config.group)
         self.groups = [slice(start, min(start + config.group, config.bits)) for start in starts]
         self.sizes = [1 << (group.stop - group.start) for group in self.groups]
@@ -78,6 +80,17 @@ class SignQuantizer(ScalarQuantizer):
 
     def extra_repr(self) -> str:
         return f"bits={self.config.bits}, K={self.vocab}, beta={self.config.beta}, entropy={self.config.entropy}"
+
+    def remedies(self) -> tuple[str, ...]:
+        """The entropy term with its default weights, where those given are smaller."""
+        usual = {name: type(self.config).model_fields[name].default for name in ("entropy", "diversity")}
+        return tuple(f"{name} {weight:g}" for name, weight in usual.items() if getattr(self.config, name) < weight)
+
+    def remedy(self, name: str, again: bool = False) -> None:
+        if name not in self.remedies():
+            super().remedy(name)
+        kind, weight = name.split()
+        setattr(self, f"_{kind}", float(weight))
 
     def project(self, rows: Tensor) -> Tensor:
         """(..., D) latents to where they are compared with the codes."""
@@ -98,12 +111,12 @@ class SignQuantizer(ScalarQuantizer):
             chosen = self.values(digits).to(u.dtype)
             error = active_mean((u - chosen).square(), active)
             loss, stats = self.config.beta * error, {"quantization_error": error.detach()}
-            if self.config.entropy:
+            if self._entropy:
                 # log p(1) - log p(0) = ((u + v)^2 - (u - v)^2) / tau
                 logits = 4 * self.value / self.config.tau * u
                 own = active_mean(_bit_entropy(logits).sum(-1), active) / self.dim
                 mean = self._mean_term(logits, finite, active) / self.dim
-                loss = loss + self.config.entropy * (own + self.config.diversity * mean)
+                loss = loss + self._entropy * (own + self._diversity * mean)
                 stats |= {"code_entropy": own.detach(), "mean_entropy": -mean.detach()}
             if self.training:
                 self.note_finite(finite)
@@ -139,7 +152,7 @@ class SignQuantizer(ScalarQuantizer):
             raise RuntimeError("update: no forward in training mode since the last update")
         pending = self._pending or self._nothing()
         self.discard()
-        if not self.config.entropy:
+        if not self._entropy:
             return {}
         flat = comm.all_reduce_sum_(torch.cat([pending["usage"], pending["positions"]]))
         mean = flat[:-1] / flat[-1].clamp_min(1)

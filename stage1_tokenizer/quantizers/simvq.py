@@ -14,6 +14,8 @@ from stage1_tokenizer.quantizers.base import QUANTIZERS, Quantized, QuantizerCon
 from stage1_tokenizer.quantizers.codebook import CodebookQuantizer
 from stage1_tokenizer.quantizers.search import nearest
 
+WEAK_BETA = 0.1  # what `remedies` set
+
 
 class SimVQConfig(QuantizerConfig):
     """K codes in D dimensions that move together."""
@@ -41,12 +43,13 @@ class SimVQ(CodebookQuantizer):
     about the learning rate, so a code by that times the length of c_k: shorter ones fall behind the encoder.
     """
 
+    against_collapse = "init: moments; beta: 0.1; fewer codes"
     basis: Tensor
-    initialized: Tensor
 
     def __init__(self, config: SimVQConfig) -> None:
         super().__init__(config.codes, config.dim)
         self.config = config
+        self._beta = config.beta  # a remedy may change it
         self.straight_through = config.estimator == "straight_through"
         self.register_buffer("basis", nn.init.normal_(torch.empty(config.codes, config.dim), std=config.dim**0.5))
         self.register_buffer("initialized", torch.tensor(config.init == "identity"))
@@ -75,6 +78,20 @@ class SimVQ(CodebookQuantizer):
         self.map.bias.copy_(mean)
         self.initialized.fill_(True)
 
+    def remedies(self) -> tuple[str, ...]:
+        """The map set anew from the latents as they are; then a weaker pull on the encoder."""
+        return ("a new map from the moments of the latents", *((f"beta {WEAK_BETA}",) if self.config.beta > WEAK_BETA else ()))
+
+    def remedy(self, name: str, again: bool = False) -> None:
+        known = self.remedies()
+        if name not in known:
+            super().remedy(name)
+        if name == known[0]:
+            if not again:
+                self.initialized.fill_(False)
+        else:
+            self._beta = WEAK_BETA
+
     def forward(self, z: Tensor, rng: StepRng | None = None, active: Tensor | None = None) -> Quantized:
         check_latents(z, self.dim)
         batch, grid = z.shape[0], z.shape[2:]
@@ -83,7 +100,7 @@ class SimVQ(CodebookQuantizer):
             finite = check_finite(rows.view(batch, -1), self.training)
             vectors = self.vectors().to(rows.dtype)
             codes = nearest(rows.detach(), vectors.detach())
-            z_q, loss, error = assign(rows, vectors, codes, batch, self.config.beta, active, self.config.estimator)
+            z_q, loss, error = assign(rows, vectors, codes, batch, self._beta, active, self.config.estimator)
             if self.training:
                 self._count(rows, codes, batch, finite, active, rng)
         z_q = z_q.view(batch, *grid, self.dim).movedim(-1, 1)

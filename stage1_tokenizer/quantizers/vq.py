@@ -81,10 +81,13 @@ class VQ(CodebookQuantizer):
     depends on data (restarts, the finite flag, growth) is decided by tensor operations. ``initialize`` and eval mode do wait.
     """
 
+    against_collapse = (
+        "update: ema in place of gradient; restart: 0.05; init: kmeans; beta: 0.1; an entropy bonus; a codebook that grows;"
+        " cosine: true with dim 8; fewer codes"
+    )
     codebook: Tensor
     counts: Tensor
     sums: Tensor
-    initialized: Tensor
     used: Tensor
 
     def __init__(self, config: VQConfig) -> None:

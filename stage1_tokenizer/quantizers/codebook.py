@@ -46,6 +46,14 @@ class CodebookQuantizer(Quantizer):
         check_codes(codes[0], self.codes)
         return F.embedding(codes[0], self.vectors()).movedim(-1, 1)
 
+    def remedy(self, name: str, again: bool = False) -> None:
+        """The first remedy of any of them has the codebook set anew; what else a remedy changes, ``remedy`` of the class adds."""
+        known = self.remedies()
+        if name not in known:
+            super().remedy(name)
+        if name == known[0] and not again:
+            self.initialized.fill_(False)
+
     def _check_first(self, z: Tensor) -> None:
         """Raises ValueError where ``z`` is no finite (n > 0, D): what ``initialize`` begins from."""
         if z.ndim != 2 or z.shape[1] != self.dim or z.shape[0] == 0:

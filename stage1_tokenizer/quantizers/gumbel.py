@@ -102,13 +102,8 @@ class Gumbel(CodebookQuantizer):
         return ("k-means of the latents as they are", *sharper)
 
     def remedy(self, name: str, again: bool = False) -> None:
-        known = self.remedies()
-        if name not in known:
-            super().remedy(name)
-        if name == known[0]:
-            if not again:
-                self.initialized.fill_(False)
-        else:
+        super().remedy(name, again)
+        if name != self.remedies()[0]:
             self._scale = SHARP
 
     @torch.no_grad()

@@ -83,13 +83,8 @@ class SimVQ(CodebookQuantizer):
         return ("a new map from the moments of the latents", *((f"beta {WEAK_BETA}",) if self.config.beta > WEAK_BETA else ()))
 
     def remedy(self, name: str, again: bool = False) -> None:
-        known = self.remedies()
-        if name not in known:
-            super().remedy(name)
-        if name == known[0]:
-            if not again:
-                self.initialized.fill_(False)
-        else:
+        super().remedy(name, again)
+        if name != self.remedies()[0]:
             self._beta = WEAK_BETA
 
     def forward(self, z: Tensor, rng: StepRng | None = None, active: Tensor | None = None) -> Quantized:

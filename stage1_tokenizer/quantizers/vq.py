@@ -154,14 +154,10 @@ class VQ(CodebookQuantizer):
         return (f"k-means of the latents as they are, and restart {self.config.restart or RESTART}", *beta)
 
     def remedy(self, name: str, again: bool = False) -> None:
-        known = self.remedies()
-        if name not in known:
-            super().remedy(name)
-        if name == known[0]:
+        super().remedy(name, again)
+        if name == self.remedies()[0]:
             self._restart = self.config.restart or RESTART
             self.slots = min(self.codes, SLOTS)
-            if not again:
-                self.initialized.fill_(False)
         else:
             self._beta = WEAK_BETA
 

@@ -97,7 +97,7 @@ def compare(pipelines: Mapping[str, TwoStagePipeline], source: Source, model: Fe
             "recall": recall.to_dict(),
         }
         if agrees:
-            agreement = mean_estimate(found.right(), config.bootstrap, config.seed, name)
+            agreement = mean_estimate(found.right(), config.bootstrap, config.seed, name, found.strata)
             tree["pipelines"][name]["agreement"] = agreement.to_dict()
     return tree
 

@@ -77,7 +77,7 @@ def point(reference: ImageSet, samples: ImageSet, model: FeatureModel, source: S
     precision, recall = precision_recall(reference.features[:n], samples.features[:n], config.k).estimates(config.bootstrap, config.seed)
     found = {"frechet": table.estimate(samples.name).to_dict(), "precision": precision.to_dict(), "recall": recall.to_dict()}
     if model.classes == source.classes:
-        found["agreement"] = mean_estimate(samples.right(), config.bootstrap, config.seed, samples.name).to_dict()
+        found["agreement"] = mean_estimate(samples.right(), config.bootstrap, config.seed, samples.name, samples.strata).to_dict()
     return found
 
 

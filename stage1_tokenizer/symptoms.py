@@ -170,8 +170,8 @@ def level_quantizers(tokenizer: Tokenizer, x: Tensor) -> list[Quantizer] | None:
 def gradients(tokenizer: Tokenizer, objective: Objective, x: Tensor) -> dict[str, dict[str, float]]:
     """Norms of gradients by outermost quantiser, of one batch in training mode; no weight and no statistic changes.
 
-    ``task`` and ``quantiser``: with respect to the latents, of the reconstruction's terms and of the quantiser's own, per
-    sample. ``codebook``: of the whole loss, with respect to what the optimizer trains of the quantiser.
+    ``task`` and ``quantiser``: with respect to the latents, of the reconstruction's terms and of the quantiser's own.
+    ``codebook``: of the whole loss, with respect to what the optimizer trains of the quantiser.
     """
     was_training = tokenizer.training
     tokenizer.train()

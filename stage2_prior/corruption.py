@@ -23,6 +23,6 @@ def corrupted(maps: Sequence[Tensor], levels: Sequence[LevelSpec], rate: float, 
     out = []
     for i, (codes, level) in enumerate(zip(maps, levels, strict=True)):
         where = rng.uniform(purpose, codes.shape[1], level=i) < rate
-        code = (rng.uniform(f"{purpose}/code", codes.shape[1], level=i) * level.vocab).long()
+        code = (rng.uniform(f"{purpose}/code", codes.shape[1], level=i, dtype=torch.float64) * level.vocab).long()
         out.append(torch.where(where, code, codes))
     return out

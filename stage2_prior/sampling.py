@@ -159,6 +159,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     mass = torch.softmax(logits.gather(-1, order), -1)
     outside = torch.zeros_like(logits, dtype=torch.bool)
     outside.scatter_(-1, order, mass.cumsum(-1) - mass >= p)
+    outside.scatter_(-1, order[:, :1], False)  # however small p is
     return logits.masked_fill(outside, -math.inf)
 
 
@@ -173,7 +174,7 @@ def filtered(logits: Tensor, options: DrawOptions) -> Tensor:
     """(B, V) logits of the distribution that is drawn from: temperature (> 0), then top_k, top_p, min_p. Float32 or wider."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if options.temperature != 1:
-        logits = logits / options.temperature
+        logits = (logits - logits.amax(-1, keepdim=True)) / options.temperature  # the largest is 0: none overflows
     if options.top_k is not None:
         logits = keep_top_k(logits, options.top_k)
     if options.top_p is not None and options.top_p < 1:

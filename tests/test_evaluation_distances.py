@@ -93,6 +93,18 @@ def test_intervals_of_a_share_cover_it_and_follow_the_binomial_width():
     assert np.mean([e.high - e.low for e in found]) == pytest.approx(2 * 1.96 * (0.3 * 0.7 / 400) ** 0.5, rel=0.1)
 
 
+def test_intervals_of_a_balanced_set_leave_out_what_classes_differ_by():
+    labels = torch.arange(400) % 2
+    right = torch.where(labels == 0, torch.arange(400) % 8 != 0, torch.arange(400) % 8 == 1)  # 3/4 and 1/4
+    width = {}
+    for name, kept in (("free", None), ("balanced", labels)):
+        found = mean_estimate(right, 300, 0, "share", kept)
+        share = ratio_of_means(right.double(), torch.ones(7), 300, 0, ("share", "other"), (kept, None))
+        assert found.value == pytest.approx(0.5) and share.high - share.low == pytest.approx(found.high - found.low, rel=1e-6)
+        width[name] = found.high - found.low
+    assert width["balanced"] == pytest.approx(width["free"] * (0.75 * 0.25 / 0.25) ** 0.5, rel=0.12)
+
+
 def test_draws_keep_the_number_of_rows_per_class():
     labels = torch.tensor([0, 2, 2, 0, 2, 5, 2])
     counts = torch.stack([draw_counts(7, b, 0, "x", labels) for b in range(200)])

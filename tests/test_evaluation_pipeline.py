@@ -15,6 +15,7 @@ from pipelines.evaluate import EvaluateConfig, check_fit, evaluate_pipeline, mai
 from pipelines.evaluation import train_features
 from pipelines.evaluation.baseline import IndependentCodes
 from pipelines.evaluation.bits import prior_bits
+from pipelines.evaluation.bootstrap import mean_estimate, ratio_of_means
 from pipelines.evaluation.distances import fit_gaussian, frechet
 from pipelines.evaluation.features import CLASSIFIERS, ClassifierSpec, ConvClassifierConfig, FeatureModel
 from pipelines.evaluation.passes import baseline_batches
@@ -163,7 +164,8 @@ def test_agreement_is_a_share_of_that_of_the_reconstructions():
 
     def made(name: str, right: int) -> ImageSet:
         labels = torch.arange(20) % 4
-        return ImageSet(name, torch.randn(20, 6, generator=draw), torch.where(torch.arange(20) < right, labels, (labels + 1) % 4), labels)
+        predicted = torch.where(torch.arange(20) < right, labels, (labels + 1) % 4)
+        return ImageSet(name, torch.randn(20, 6, generator=draw), predicted, labels, balanced=name == "samples")
 
     sets = {name: made(name, right) for name, right in (("samples", 9), ("baseline", 5), ("reconstructions", 15), ("real", 18))}
     figures = sample_figures(feature_model(), made("reference", 20), sets, classes=tiny.CLASSES, k=3, replicates=5, seed=0)
@@ -171,6 +173,11 @@ def test_agreement_is_a_share_of_that_of_the_reconstructions():
         {"samples": 0.45, "baseline": 0.25, "reconstructions": 0.75, "real": 0.9}
     )
     assert figures["agreement_ratio_to_reconstructions"]["value"] == pytest.approx(0.6)
+    labels, right = torch.arange(20) % 4, torch.arange(20)
+    for name, count, kept in (("samples", 9, labels), ("real", 18, None)):  # resampled as the set was made
+        assert figures["agreement"][name] == mean_estimate(right < count, 5, 0, name, kept).to_dict()
+    share = ratio_of_means(right < 9, right < 15, 5, 0, ("samples", "reconstructions"), (labels, None))
+    assert figures["agreement_ratio_to_reconstructions"] == share.to_dict()
 
 
 def test_every_figure_says_which_features_how_many_images_and_which_seed(evaluated):

@@ -72,6 +72,12 @@ def test_top_p_keeps_no_more_than_the_codes_that_reach_it() -> None:
     assert kept.tolist() == [[True, False, False]] and filtered(logits, DrawOptions(top_p=0.75)).isfinite().sum() == 2
 
 
+@pytest.mark.parametrize("options", [DrawOptions(top_p=1e-46), DrawOptions(top_p=5e-324), DrawOptions(temperature=1e-6)])
+def test_the_smallest_options_leave_the_most_probable_code(options: DrawOptions) -> None:
+    for size in (1.0, 1e33):  # logits after a huge guidance
+        assert draw(torch.tensor([[1.0, 2.0, 3.0, 0.0]]) * size, torch.tensor([0.999]), options).item() == 2
+
+
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([0.5, -1.0, 2.0, 0.0, -3.0, 1.0])
     options = DrawOptions(temperature=0.8, top_p=0.97)

@@ -48,6 +48,12 @@ def test_corruption_replaces_that_share_by_codes_that_are_uniform_wherever_they_
         assert stats.chisquare(torch.bincount(codes, minlength=vocab).numpy()).pvalue > 1e-3
 
 
+def test_corruption_reaches_every_bit_of_a_large_vocabulary() -> None:
+    (found,) = corrupted([torch.zeros(N, 6, dtype=torch.int64)], [LevelSpec("a", 1 << 30, (6,))], 1.0, rng(), "test")
+    for bit in range(30):
+        assert stats.binomtest(int((found >> bit & 1).sum()), 6 * N, 0.5).pvalue > 1e-4
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.levels and not case.levels.startswith("0")], ids=str)
 def test_corruption_reaches_the_levels_above(case: Case) -> None:
     """Where every code is replaced, other codes above train as the same ones do; without corruption they do not."""

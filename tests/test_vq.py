@@ -165,6 +165,36 @@ def test_a_restart_resets_vector_sum_and_count_together() -> None:
         assert q.counts[k] >= 0.2 * q.counts.mean()
 
 
+def test_codes_of_no_latent_stay_where_they_are() -> None:
+    """They would go to 0, where the smoothed count divides a sum that fades: at once where k-means or a release gave them none."""
+    q = VQ(VQConfig(codes=24, dim=4, restart=0.0, decay=0.5)).train()
+    z = torch.randn(1, 4, 10)
+    q.initialize(z[0].t(), step_rng(0, 1))
+    near = q.eval()(z).codes[0].unique()
+    unused = torch.ones(24, dtype=torch.bool)
+    unused[near] = False
+    assert unused.sum() >= 14 and bool((q.counts[unused] == 0).any())
+    first = q.codebook[unused].clone()
+    for step in range(60):
+        q.train()(z, step_rng(step, 1))
+        if step == 30:
+            q.reestimate(comm)
+        else:
+            q.update(step_rng(step, 0), comm)
+    torch.testing.assert_close(q.codebook[unused], first, atol=0, rtol=0.02)
+
+
+def test_no_two_codes_of_a_step_restart_from_one_latent() -> None:
+    z = torch.randn(3, 4, 2)
+    for batch in (z, torch.cat([z, z])):  # six latents, and each of them twice
+        q = collapsed(VQConfig(codes=32, dim=4, init="normal", decay=0.1, restart=0.5))
+        q(batch, step_rng(0, len(batch)))
+        restarts = int(q.update(step_rng(0, 0), comm)["restarts"])
+        rows = z.movedim(1, -1).reshape(-1, 4)
+        taken = (q.codebook[:, None] == rows).all(2)
+        assert 3 <= restarts <= 6 and taken[1:].any(1).sum() == restarts and (taken[1:].sum(0) <= 1).all()
+
+
 def test_which_latents_restart_codes_does_not_depend_on_the_order_of_samples() -> None:
     z = torch.randn(10, 4, 5)
     restarted = []

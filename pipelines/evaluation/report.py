@@ -52,9 +52,14 @@ def sample_figures(
         figure["precision_recall"][name] = {"precision": precision.to_dict(), "recall": recall.to_dict()}
     labelled = {name: s for name, s in sets.items() if s.labels is not None}
     if tuple(classes) == model.classes and "samples" in labelled:
-        figure["agreement"] = {name: mean_estimate(s.right(), replicates, seed, s.name).to_dict() for name, s in labelled.items()}
+        figure["agreement"] = {name: mean_estimate(s.right(), replicates, seed, s.name, s.strata).to_dict() for name, s in labelled.items()}
         figure["agreement_ratio_to_reconstructions"] = ratio_of_means(
-            sets["samples"].right(), sets["reconstructions"].right(), replicates, seed, ("samples", "reconstructions")
+            sets["samples"].right(),
+            sets["reconstructions"].right(),
+            replicates,
+            seed,
+            ("samples", "reconstructions"),
+            (sets["samples"].strata, sets["reconstructions"].strata),
         ).to_dict()
     return figure
 

@@ -45,8 +45,13 @@ class ImageSet:
     def __len__(self) -> int:
         return self.features.shape[0]
 
+    @property
+    def strata(self) -> Tensor | None:
+        """The labels that resampling keeps the numbers of; None where it keeps none."""
+        return self.labels if self.balanced else None
+
     def feature_set(self) -> FeatureSet:
-        return FeatureSet(self.name, self.features, self.labels if self.balanced else None)
+        return FeatureSet(self.name, self.features, self.strata)
 
     def right(self) -> Tensor:
         """(n,) bool: the feature model sees the class that the image should have."""

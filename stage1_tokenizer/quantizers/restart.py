@@ -55,8 +55,15 @@ def settle(pending: dict[str, Tensor], comm: Comm) -> None:
     pending["key"] = least
 
 
+def _first_of_equals(latents: Tensor) -> Tensor:
+    """(R, D) to (R,) bool: the rows that no earlier one equals in every bit, by a hash of 64 bits."""
+    words = (latents + 0.0).view(torch.int64 if latents.dtype == torch.float64 else torch.int32).long()  # -0 is 0
+    mixed = (words * bits(0, "vq/restart/equal", torch.arange(words.shape[1], device=words.device))).sum(1)
+    return ~(mixed[:, None] == mixed).tril(-1).any(1)
+
+
 def revive(dead: Tensor, key: Tensor, candidate: Tensor, codebook: Tensor, counts: Tensor, sums: Tensor | None, count: Tensor) -> Tensor:
-    """Dead codes take vector, sum and count of a latent together, in order of the slots; at most one per filled slot.
+    """Dead codes take vector, sum and count of a latent together, in order of the slots; no two of them the same latent.
 
     Without a host sync.
 
@@ -71,7 +78,9 @@ def revive(dead: Tensor, key: Tensor, candidate: Tensor, codebook: Tensor, count
     """
     k, slots = dead.shape[0], key.shape[0]
     slot = torch.cumsum(dead, 0) - 1
-    filled = key < NONE
+    filled = (key < NONE) & _first_of_equals(candidate)
+    order = torch.argsort(~filled, stable=True)
+    filled, candidate = filled[order], candidate[order]
     taken = dead & (slot < slots) & filled[slot.clamp(0, slots - 1)]
     # the code of each slot; all others point to an extra place that is cut off
     target = torch.zeros(slots + 1, dtype=torch.int64, device=dead.device)

@@ -22,6 +22,7 @@ from stage1_tokenizer.quantizers.search import kmeans, nearest
 
 RESTART, WEAK_BETA = 0.05, 0.1  # what `remedies` set
 _EPS = 1e-5  # Laplace smoothing of the counts
+_LEAST = 1e-3  # a code used less stays where it is: smoothing would draw it to 0
 
 
 class VQConfig(QuantizerConfig):
@@ -217,7 +218,8 @@ class VQ(CodebookQuantizer):
             self.sums.lerp_(pending["sums"], 1 - gamma)
             total = self.counts.sum()
             smooth = (self.counts + _EPS) / (total + self.codes * _EPS) * total
-            torch.div(self.sums, smooth[:, None], out=self.codebook)
+            known = self.counts > _LEAST
+            self.codebook.copy_(torch.where(known[:, None], self.sums / smooth[:, None], self.codebook))
             self._normalize()
         stats = statistics.usage(pending["counts"])
         used = self.used if self.config.grow else self.codes

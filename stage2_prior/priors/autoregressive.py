@@ -56,6 +56,10 @@ class AutoregressivePrior(Prior):
         """(level, flat position) of each code in turn, levels counted in ``spec.levels``; the order of ``nll`` too."""
         return tuple((self.levels.start + level, position) for level, position in self.layout.steps)
 
+    @property
+    def logit_widths(self) -> tuple[int, ...]:
+        return tuple(sum(sizes) for sizes in self.digits)
+
     @cached_property
     def draws(self) -> tuple[tuple[int, int, int], ...]:
         """(level, flat position, digit) of each ``step``, levels counted from its own first one: the schedule, digit by digit."""

@@ -20,7 +20,6 @@ from intarsia.rng import StepRng
 from intarsia.specs import CodesSpec, Cond, LevelSpec
 from stage2_prior.arguments import check_codes, check_ids, check_known, check_label, whole
 from stage2_prior.corruption import corrupted
-from stage2_prior.digits import LARGEST_FULL
 from stage2_prior.sampling import DrawOptions, choose_options
 
 PRIORS: Registry[Prior] = Registry("prior", "stage2_prior.priors")
@@ -128,8 +127,12 @@ class Prior(Pretrained, nn.Module):
     def nll_rows(self) -> int:
         """How many samples ``nll`` may take at once: at most 250, and about a gigabyte for the logits or a feed-forward."""
         own = sum(level.positions for level in self.own)
-        logits = max(level.vocab if len(level.factors) < 2 else min(level.vocab, LARGEST_FULL) for level in self.own)
-        return max(1, min(250, NLL_FLOATS // (own * max(logits, 8 * getattr(self.config, "width", 1)))))
+        return max(1, min(250, NLL_FLOATS // (own * max(*self.logit_widths, 8 * getattr(self.config, "width", 1)))))
+
+    @property
+    def logit_widths(self) -> tuple[int, ...]:
+        """How many logits a code of each of its levels has."""
+        return tuple(level.vocab for level in self.own)
 
     def by_level(self, each: Tensor) -> list[Tensor]:
         """(..., positions), in the order of ``nll``, apart by level: (..., positions of the level) in raster order."""

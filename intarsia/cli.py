@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import importlib
 import os
 import sys
@@ -138,8 +139,8 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, aliases: Mapping[str,
                 errors.append(f"--config: given twice, {config!r} and {value!r}")
             config = value
         elif name == "max_steps":
-            if not (value.isascii() and value.isdecimal()):
-                errors.append(f"--max_steps: {value!r} is no whole number")
+            if not (value.isascii() and value.isdecimal() and int(value) > 0):
+                errors.append(f"--max_steps: {value!r}; expected a whole number of at least 1")
             else:
                 flags[name] = int(value)
         elif name == "resume":
@@ -189,6 +190,10 @@ def _show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail again
 
 
+_REPORTED = {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC}
+_REPORTED |= {errno.ENAMETOOLONG, errno.ELOOP}  # of an OSError; any other has its traceback
+
+
 class UserError(Exception):
     """A mistake of the caller's that a script reports in one line, with exit code 2."""
 
@@ -215,8 +220,8 @@ def run_main(main: Callable[[], Any]) -> None:
 def _report(main: Callable[[], Any]) -> None:
     try:
         main()
-    except (RunError, ConfigError, UserError, ValueError, FileNotFoundError, NotADirectoryError, FileExistsError, PermissionError) as error:
-        if "--debug" in sys.argv:
+    except (RunError, ConfigError, UserError, ValueError, OSError) as error:
+        if "--debug" in sys.argv or (isinstance(error, OSError) and error.errno not in _REPORTED):
             raise
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3.0)

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 from pydantic_core import PydanticUndefined
 
 from intarsia import yaml_io
@@ -27,6 +27,7 @@ T = TypeVar("T")
 Budget = Annotated[T, "budget"]
 Place = Annotated[T, "place"]
 Added = Annotated[T, "added"]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """A field that a released configuration did not have yet; its default must be what was done before it came. At its default it
 stays out of hashes, so that releases keep their fingerprints."""
 

@@ -57,6 +57,12 @@ def check_file(path: Path) -> Path:
     return path
 
 
+def check_source(name: str, path_or_repo: str) -> None:
+    """Raises HubError, naming the argument, for what is neither a folder nor could be a Hub id."""
+    if not Path(path_or_repo).is_dir() and not _REPO_ID.fullmatch(path_or_repo):
+        raise HubError(f"{name}: {path_or_repo!r} is neither a folder nor a Hub id such as 'user/name'")
+
+
 def release_folder(path: str | Path) -> str:
     """A run folder's ``model/``; any other path or Hub id as it is."""
     inner = Path(path) / "model"

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from intarsia.config import Added, Budget, Config, Place
+from intarsia.config import Added, Budget, Config, Place, Seed
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -61,7 +61,7 @@ class RunConfig(Config):
 
     run: Place[Annotated[str, Field(min_length=1)]]
     """The output folder. Running the same command again resumes."""
-    seed: NotNegative = 0
+    seed: Seed = 0
     """Root of all randomness."""
     steps: Budget[Positive] = 10_000
     """Optimizer steps in all; the schedule reads it. May grow when resuming."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,18 @@ from pipelines.masks import check_mask, check_size, enlarged, generated_share, k
 from pipelines.options import describe
 from pipelines.outputs import from_public
 from pipelines.parts import PipelineParts
+
+
+@contextmanager
+def _called(argument: str) -> Iterator[None]:
+    """What is wrong with ``keep`` is said of the argument that it was made from."""
+    try:
+        yield
+    except ValueError as error:
+        name, colon, rest = str(error).partition(": ")
+        if name != "keep":
+            raise
+        raise ValueError(argument + colon + rest) from None
 
 
 class Completions(PipelineParts):
@@ -59,7 +72,7 @@ class Completions(PipelineParts):
             ValueError: naming the argument, and the prior that cannot complete what ``keep`` leaves open; before any draw.
         """
         stop = self.priors[-1].levels.stop
-        codes, keep = [c.to(self.device) for c in codes[:stop]], [k.to(self.device) for k in keep[:stop]]
+        codes, keep = self._here("codes", codes[:stop]), self._here("keep", keep[:stop])
         counts = [len(t) for t in (*codes, *keep)]
         if len(codes) != stop or len(keep) != stop or len(set(counts)) != 1 or counts[0] == 0:
             raise ValueError(f"codes, keep: rows {counts}; expected equally many, at least 1, for each of {stop} levels")
@@ -86,7 +99,7 @@ class Completions(PipelineParts):
             try:
                 prior.check_known((codes[own], keep[own]))
             except ValueError as error:
-                raise ValueError(f"mask: {describe(prior)} cannot complete it: {error}") from None
+                raise ValueError(f"keep: {describe(prior)} cannot complete it: {error}") from None
 
     def complete(self, x: Tensor, mask: Tensor, *, n: int = 1, **arguments: Any) -> Tensor:
         """Signals (n * rows, C, *axes) on the CPU, decoded from known and drawn codes.
@@ -104,7 +117,8 @@ class Completions(PipelineParts):
             raise ValueError(f"x: shape {tuple(x.shape)}; expected at least one signal")
         check_mask(mask, len(x), self.signal)
         keep = [kept_cells(mask.to(self.device), level.shape) for level in self.spec.levels]
-        return self.decode(self.complete_codes(self.encode(x), keep, n=n, **arguments)).cpu()
+        with _called("mask"):
+            return self.decode(self.complete_codes(self.encode(x), keep, n=n, **arguments)).cpu()
 
     def inpaint(self, x: Tensor, mask: Tensor, *, blend: int = 0, n: int = 1, **arguments: Any) -> Tensor:
         """``complete``, with the known samples of ``x`` put back: exactly, but for a seam of ``blend`` samples that mixes both.
@@ -139,7 +153,8 @@ class Completions(PipelineParts):
         start = self._level(redraw)
         codes = self.encode(x)
         keep = [torch.full_like(c, i < start, dtype=torch.bool) for i, c in enumerate(codes)]
-        return self.decode(self.complete_codes(codes, keep, **arguments)).cpu()
+        with _called("redraw"):
+            return self.decode(self.complete_codes(codes, keep, **arguments)).cpu()
 
     def _level(self, level: int | str) -> int:
         names = [each.name for prior in self.priors for each in prior.own]

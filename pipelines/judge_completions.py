@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from intarsia.cli import parse, run_main
-from intarsia.config import Config, Place
+from intarsia.config import Config, Place, Seed
 from intarsia.files import json_bytes, write_atomic
 from intarsia.pictures import save_strips
 from pipelines.evaluation.baseline import IndependentCodes
@@ -57,7 +57,7 @@ class JudgeConfig(Config):
     """Temperature and the like."""
     bootstrap: Annotated[int, Field(ge=2)] = 200
     """Resampled sets behind each interval."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Of the completions and the baseline."""
     out: Place[Annotated[str, Field(min_length=1)]] = "completions"
     """The folder for completions.json and completions.png."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -32,7 +33,9 @@ def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if isinstance(value, Guidance):
-            return asdict(value)
+            return plain(asdict(value))
+        if isinstance(value, Real) and not isinstance(value, bool):  # numpy's too
+            return int(value) if isinstance(value, Integral) else float(value)
         return {key: plain(v) for key, v in value.items()} if isinstance(value, Mapping) else value
 
     return {name: plain(value) for name, value in options.items()}

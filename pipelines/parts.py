@@ -87,7 +87,7 @@ class PipelineParts:
 
     def decode(self, codes: Sequence[Tensor]) -> Tensor:
         """Codes of all levels, or of leading ones that the tokenizer decodes alone, to signals (n, C, *axes) in [0, 1]."""
-        return to_public(self.tokenizer.decode([c.to(self.device) for c in codes]), self.signal)
+        return to_public(self.tokenizer.decode(self._here("codes", codes)), self.signal)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """``decode(encode(x))``: signals in [0, 1] as their codes keep them."""
@@ -109,7 +109,7 @@ class PipelineParts:
             label: an index or name for all, or one for each row. None is p(codes) without a label, as the priors' learned null has
                 it; unlike ``sample``, it draws no labels. Priors trained with labels always present know no null and refuse None.
         """
-        codes = [c.to(self.device) for c in (self.encode(x) if isinstance(x, Tensor) else x)][: self.priors[-1].levels.stop]
+        codes = self._here("codes", self.encode(x) if isinstance(x, Tensor) else x)[: self.priors[-1].levels.stop]
         n = len(codes[0]) if codes else 0
         given = self._given_labels(label, n)
         return nats(self.priors, codes, None if given is None else given.to(self.device), self.micro_batch)
@@ -119,6 +119,14 @@ class PipelineParts:
         return self.nll(x, label) / math.log(2)
 
     # Arguments -------------------------------------------------------------------------------------------------
+    def _here(self, name: str, maps: Sequence[Tensor]) -> list[Tensor]:
+        """``maps`` on the pipeline's device. Raises ValueError for what is no list of tensors."""
+        kinds = [type(each).__name__ for each in maps]
+        if isinstance(maps, Tensor) or not all(isinstance(each, Tensor) for each in maps):
+            found = "a Tensor" if isinstance(maps, Tensor) else f"a {type(maps).__name__} of {', '.join(sorted(set(kinds)))}"
+            raise ValueError(f"{name}: {found}; expected one torch tensor for each level, in a list")
+        return [each.to(self.device) for each in maps]
+
     def _given_labels(self, label: Label | None, n: int) -> Tensor | None:
         """(n,) int64 on the CPU; None for None. Raises ValueError where no prior takes labels."""
         if label is None:

@@ -19,7 +19,7 @@ from typing import Annotated
 from pydantic import Field
 
 from intarsia.cli import Flags, UserError, parse, run_main
-from intarsia.config import Config, Place
+from intarsia.config import Config, Place, Seed
 from intarsia.files import json_bytes, write_atomic
 from intarsia.machine import check_folder
 from stage1_tokenizer.run_data import run_data
@@ -36,7 +36,7 @@ class QuickstartConfig(Config):
     """Configuration of stage 1."""
     prior: str = "fashion/prior"
     """Configuration of stage 2."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Root of all randomness."""
     samples: Annotated[int, Field(ge=10)] = 5000
     """Samples that are drawn for the evaluation."""

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 
 from intarsia.cli import Flags, RunError, UserError, parse, run_main
-from intarsia.config import Config, Place
+from intarsia.config import Config, Place, Seed
 from intarsia.distributed import comm
 from intarsia.files import DiskFullError, atomic
 from intarsia.pictures import mosaic
@@ -46,7 +46,7 @@ class SampleConfig(Config):
     """Columns of the grid; nearly square by default."""
     label: str = ""
     """Class name or index, several joined by commas to be dealt in turn, or "all"; drawn by the training frequencies where empty."""
-    seed: Annotated[int | None, Field(ge=0)] = None
+    seed: Seed | None = None
     """A fresh one by default, which is printed."""
     sampling: SamplingConfig = SamplingConfig()
     """Temperature and the like."""

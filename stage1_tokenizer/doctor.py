@@ -26,7 +26,7 @@ from stage1_tokenizer.doctor_page import save_page
 from stage1_tokenizer.metrics import finite_or_null
 from stage1_tokenizer.objectives.base import OBJECTIVES, Objective, ObjectiveConfig
 from stage1_tokenizer.objectives.reconstruction import ReconstructionConfig
-from stage1_tokenizer.run_data import with_run_data
+from stage1_tokenizer.run_data import needed_data, with_run_data
 from stage1_tokenizer.tokenizers.base import Tokenizer
 
 PROGRAM = "python -m stage1_tokenizer.doctor"
@@ -87,8 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, flags = parse(DoctorConfig, with_run_data(words), program=PROGRAM)
     if flags.max_steps is not None or flags.resume is not None:
         raise ConfigError(["--max_steps, --resume: an examination has no steps"])
-    if config.data is None:
-        raise ConfigError([f"data: {config.tokenizer} has no config.yaml of a run; say --data.type {'|'.join(SOURCES.names())}"])
+    data = needed_data(config.data, config.tokenizer)
     if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise UserError(f"WORLD_SIZE: {world} processes; the doctor runs as one")
     folder = Path(config.tokenizer)
@@ -97,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = Path(config.out) if config.out is not None else folder / "doctor"
     device = start(config.device, 300.0)
     tokenizer = Tokenizer.from_pretrained(release_folder(config.tokenizer)).to(device)
-    source = SOURCES.build(config.data)
+    source = SOURCES.build(data)
     split = source.split(config.split)
     if source.signal != tokenizer.signal:
         raise ConfigError([f"data: the signals are {source.signal}; the tokenizer takes {tokenizer.signal}"])

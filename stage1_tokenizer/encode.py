@@ -20,13 +20,13 @@ from torch import Tensor
 from intarsia.cli import RunError, UserError, parse, run_main
 from intarsia.codes import CodesWriter, Manifest, SplitPlan
 from intarsia.codes_format import ShardRange, code_dtype
-from intarsia.config import Config, ConfigError, Place
+from intarsia.config import Config, ConfigError, Place, Seed
 from intarsia.distributed import Comm, comm
 from intarsia.files import DiskFullError
 from intarsia.hub_files import release_folder
 from intarsia.processes import start
 from stage1_tokenizer.data.base import SOURCES, Source, SourceConfig
-from stage1_tokenizer.run_data import with_run_data
+from stage1_tokenizer.run_data import needed_data, with_run_data
 from stage1_tokenizer.tokenizers.base import Tokenizer
 
 CHUNK = 256  # rows that are prepared and encoded at once; codes do not depend on it
@@ -44,7 +44,7 @@ class EncodeConfig(Config):
     """The data source; that of the tokenizer's run where it is not given, with ``--data.*`` flags on top of it."""
     views: Annotated[int, Field(ge=1)] = 1
     """Copies of each train sample; all but the first are augmented by the data's transform."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Root of the augmentation."""
     shard_rows: Annotated[int, Field(ge=1)] = 4096
     """Rows per file."""
@@ -183,13 +183,12 @@ def main(argv: list[str] | None = None) -> None:
     config, flags = parse(EncodeConfig, with_run_data(list(sys.argv[1:] if argv is None else argv)), program=PROGRAM)
     if flags.max_steps is not None or flags.resume is not None:
         raise ConfigError(["--max_steps, --resume: a dump has no steps; the same command again completes it"])
-    if config.data is None:
-        raise ConfigError([f"data: {config.tokenizer} has no config.yaml of a run; say --data.type {'|'.join(SOURCES.names())}"])
-    if config.views > 1 and not config.data.transform.augments:
+    data = needed_data(config.data, config.tokenizer)
+    if config.views > 1 and not data.transform.augments:
         raise ConfigError([f"views: {config.views} of data that are not augmented would be alike; set data.transform.flip, shift or crop"])
     device = start(config.device, config.timeout)
     tokenizer = Tokenizer.from_pretrained(release_folder(config.tokenizer))
-    source = SOURCES.build(config.data)
+    source = SOURCES.build(data)
     rows = ", ".join(f"{len(source.split(name))} {name}" for name in source.splits)
     if comm.rank == 0:
         print(f"{tokenizer.type_name} {tokenizer.fingerprint[:12]}: {rows}; {comm.world_size} process(es)", flush=True)

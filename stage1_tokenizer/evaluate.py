@@ -29,7 +29,7 @@ from stage1_tokenizer.data.near_duplicates import without_near_duplicates
 from stage1_tokenizer.levels import LevelMetrics, partners, prefix_rows, swapped_rows
 from stage1_tokenizer.levels import lines as level_lines
 from stage1_tokenizer.metrics import CodeMetrics, ReconstructionMetrics, finite_or_null, unit
-from stage1_tokenizer.run_data import with_run_data
+from stage1_tokenizer.run_data import needed_data, with_run_data
 from stage1_tokenizer.tokenizers.base import Tokenizer
 
 PROGRAM = "python -m stage1_tokenizer.evaluate"
@@ -223,12 +223,11 @@ def main(argv: list[str] | None = None) -> None:
     config, flags = parse(EvaluateConfig, with_run_data(list(sys.argv[1:] if argv is None else argv)), program=PROGRAM)
     if flags.max_steps is not None or flags.resume is not None:
         raise ConfigError(["--max_steps, --resume: an evaluation has no steps"])
-    if config.data is None:
-        raise ConfigError([f"data: {config.tokenizer} has no config.yaml of a run; say --data.type {'|'.join(SOURCES.names())}"])
+    data = needed_data(config.data, config.tokenizer)
     out = out_folder(config)
     device = start(config.device, config.timeout)
     tokenizer = Tokenizer.from_pretrained(release_folder(config.tokenizer))
-    source = SOURCES.build(config.data)
+    source = SOURCES.build(data)
     if comm.rank == 0:
         rows = ", ".join(f"{len(source.split(name))} {name}" for name in source.splits)
         print(f"{tokenizer.type_name} {tokenizer.fingerprint[:12]}: {rows}", flush=True)

@@ -6,11 +6,22 @@ from pathlib import Path
 
 from intarsia import yaml_io
 from intarsia.cli import load_tree
+from intarsia.config import ConfigError
+from intarsia.hub_files import check_source
+from stage1_tokenizer.data.base import SOURCES, SourceConfig
 
 
 def run_data(folder: Path) -> str:
     """The data of the run in ``folder``, as a flag takes it."""
     return yaml_io.dump(load_tree(str(folder / "config.yaml"))["data"])
+
+
+def needed_data(data: SourceConfig | None, tokenizer: str) -> SourceConfig:
+    """``data``. Raises HubError or ConfigError where there is none, as there is no such tokenizer or no run that made it."""
+    if data is None:
+        check_source("tokenizer", tokenizer)
+        raise ConfigError([f"data: {tokenizer} has no config.yaml of a run; say --data.type {'|'.join(SOURCES.names())}"])
+    return data
 
 
 def with_run_data(argv: list[str]) -> list[str]:

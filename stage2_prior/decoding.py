@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stage2_prior.arguments import whole
 from stage2_prior.masking import SCHEDULES, halton_order, remaining
-from stage2_prior.sampling import DrawOptions, Guidance, draw
+from stage2_prior.sampling import DrawOptions, Guidance, draw, number
 
 ORDERS = ("confidence", "halton", "random", "raster")
 STEPS = 12
@@ -54,7 +54,7 @@ class MaskGITOptions(DrawOptions):
             whole("steps", self.steps, 1)
         if self.order not in ORDERS:
             raise ValueError(f"order: {self.order!r}; expected {', '.join(ORDERS[:-1])} or {ORDERS[-1]}")
-        if self.noise is not None and not (type(self.noise) in (int, float) and 0 <= self.noise < math.inf):
+        if self.noise is not None and number("noise", self.noise) < 0:
             raise ValueError(f"noise: {self.noise!r}; expected a finite number >= 0")
         if self.noise is not None and self.order != "confidence":
             raise ValueError(f"noise: {self.noise!r}; order {self.order!r} has no use for it, only 'confidence' has")

@@ -20,7 +20,7 @@ from intarsia.codes import CodesDataset, CodesError
 from intarsia.config import Config, ConfigError, Place
 from intarsia.distributed import Comm, comm
 from intarsia.files import json_bytes, write_atomic
-from intarsia.hub_files import release_folder
+from intarsia.hub_files import check_source, release_folder
 from intarsia.padded import padded_batches
 from intarsia.processes import start
 from intarsia.rng import StepRng
@@ -132,6 +132,7 @@ def out_file(config: EvaluateConfig) -> Path:
     """Where to write. Raises ConfigError where that is not said and ``prior`` is no run folder."""
     if config.out is not None:
         return Path(config.out)
+    check_source("prior", config.prior)
     if not (Path(config.prior) / "config.yaml").is_file():
         raise ConfigError([f"out: {config.prior} is no run folder; say which file to write"])
     return Path(config.prior) / "evaluation" / f"{config.split}.json"

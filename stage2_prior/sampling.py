@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 
-def _number(name: str, value: Any) -> float:
+def number(name: str, value: Any) -> float:
+    """``value`` as a float. Raises ValueError naming the option for what is no finite number."""
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{name}: {value!r}; expected a finite number")
     return float(value)
@@ -39,8 +40,8 @@ class Guidance:
     shape: str = "linear"
 
     def __post_init__(self) -> None:
-        _number("guidance.start", self.start)
-        _number("guidance.stop", self.stop)
+        number("guidance.start", self.start)
+        number("guidance.stop", self.stop)
         if self.shape not in SHAPES:
             raise ValueError(f"guidance.shape: {self.shape!r}; expected {' or '.join(SHAPES)}")
 
@@ -71,18 +72,18 @@ class DrawOptions:
     guidance: float | Guidance = 1.0
 
     def __post_init__(self) -> None:
-        if _number("temperature", self.temperature) < 0:
+        if number("temperature", self.temperature) < 0:
             raise ValueError(f"temperature: {self.temperature!r}; expected a number >= 0 (0 takes the most probable code)")
         if 0 < self.temperature < LEAST_TEMPERATURE:  # logits divided by less would leave float32
             raise ValueError(f"temperature: {self.temperature!r}; expected 0, or at least {LEAST_TEMPERATURE:g}")
         if self.top_k is not None and (isinstance(self.top_k, bool) or not isinstance(self.top_k, Integral) or self.top_k < 1):
             raise ValueError(f"top_k: {self.top_k!r}; expected a whole number >= 1")
-        if self.top_p is not None and not 0 < _number("top_p", self.top_p) <= 1:
+        if self.top_p is not None and not 0 < number("top_p", self.top_p) <= 1:
             raise ValueError(f"top_p: {self.top_p!r}; expected a number in (0, 1]")
-        if self.min_p is not None and not 0 <= _number("min_p", self.min_p) <= 1:
+        if self.min_p is not None and not 0 <= number("min_p", self.min_p) <= 1:
             raise ValueError(f"min_p: {self.min_p!r}; expected a number in [0, 1]")
         if not isinstance(self.guidance, Guidance):
-            _number("guidance", self.guidance)
+            number("guidance", self.guidance)
 
     @property
     def guided(self) -> bool:
@@ -93,10 +94,10 @@ class DrawOptions:
         """g at ``progress`` in [0, 1] of the way through a level's draws."""
         return self.guidance.at(progress) if isinstance(self.guidance, Guidance) else float(self.guidance)
 
-    def check_vocab(self, vocab: int) -> None:
-        """Raises ValueError where top_k asks for more codes than there are."""
+    def check_vocab(self, vocab: int, level: str = "codes") -> None:
+        """Raises ValueError where top_k asks for more codes than ``level`` has."""
         if self.top_k is not None and self.top_k > vocab:
-            raise ValueError(f"top_k: {self.top_k}; expected at most the vocabulary, {vocab}")
+            raise ValueError(f"top_k: {self.top_k}; expected at most the vocabulary of level {level!r}, {vocab}")
 
 
 def choose_options(kind: type[Any], given: Mapping[str, Any], who: str, levels: Sequence[str]) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import pytest
 
 from intarsia import cli
-from intarsia.cli import Flags, RunError, UserError, parse, run_main
+from intarsia.cli import Flags, RunError, UserError, load_tree, parse, run_main
 from intarsia.config import Budget, Config, ConfigError, Place
 from intarsia.registry import Registry
 
@@ -152,7 +153,7 @@ def test_aliases_are_short_names_for_paths():
 def test_flags_that_every_script_knows():
     argv = ["--run", "r", "--check", "--dry_run", "--max_steps", "3", "--resume", "x/y", "--allow_low_space", "--debug", "--import", "json"]
     assert parse(JobConfig, argv)[1] == Flags(True, True, 3, "x/y", True, True, ("json",))
-    assert parse(JobConfig, ["--max_steps=0", "--run=r"])[1].max_steps == 0
+    assert parse(JobConfig, ["--max_steps=1", "--run=r"])[1].max_steps == 1
 
 
 def test_a_module_of_ones_own_is_imported_before_the_configuration_is_read(tmp_path, monkeypatch):
@@ -176,9 +177,10 @@ def test_a_module_of_ones_own_is_imported_before_the_configuration_is_read(tmp_p
 BAD_LINES = {
     ("--run", "r", "--import", "./mine.py"): "--import: './mine.py'; expected the name of a module",
     ("--run", "r", "--import", "no_such.module"): "--import: there is no module 'no_such.module' in the current folder or on Python's path",
-    ("--run", "r", "--max_steps", "-1"): "--max_steps: '-1' is no whole number",
-    ("--run", "r", "--max_steps", "1.5"): "--max_steps: '1.5' is no whole number",
-    ("--run", "r", "--max_steps", "²"): "--max_steps: '²' is no whole number",
+    ("--run", "r", "--max_steps", "-1"): "--max_steps: '-1'; expected a whole number of at least 1",
+    ("--run", "r", "--max_steps", "0"): "--max_steps: '0'; expected a whole number of at least 1",
+    ("--run", "r", "--max_steps", "1.5"): "--max_steps: '1.5'; expected a whole number of at least 1",
+    ("--run", "r", "--max_steps", "²"): "--max_steps: '²'; expected a whole number of at least 1",
     ("--run", "r", "--check=false"): "--check: 'false' is too much; the flag takes no value",
     ("--run", "r", "--maxsteps", "3"): "--maxsteps: unknown key; did you mean 'max_steps'? allowed: run, tool",
     ("--run", "r", "--optin.lr", "3"): "--optin.lr: unknown key; did you mean 'optim'?",
@@ -308,6 +310,17 @@ def test_debug_shows_the_traceback_and_other_errors_always_do(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prog"])
     with pytest.raises(ZeroDivisionError):
         run_main(lambda: 1 // 0)
+
+
+def test_paths_that_no_system_takes_are_reported_in_a_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prog"])
+    for wrong in (lambda: (tmp_path / ("a" * 300)).read_text(), lambda: tmp_path.read_text(), lambda: load_tree("a" * 300)):
+        with pytest.raises(SystemExit) as stop:
+            run_main(wrong)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+    with pytest.raises(OSError, match="5"):  # no mistake of the user's
+        run_main(lambda: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
 
 
 def test_of_several_ranks_the_first_speaks_and_the_others_only_where_the_launcher_lets_them_live(capsys, monkeypatch):

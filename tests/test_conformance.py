@@ -217,6 +217,11 @@ def test_the_command_line_says_what_is_wrong(argv: list[str], error: type[Except
         main(argv)
 
 
+def test_help_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    assert "usage: python -m stage1_tokenizer.quantizers.conformance TYPE" in capsys.readouterr().out
+
+
 def test_the_document_shows_what_other_layers_do() -> None:
     """Check by check, for the version that the document names; figures may differ in their last digits."""
     pytest.importorskip("vector_quantize_pytorch")

@@ -323,6 +323,12 @@ def test_d2_bad_images_and_folders_are_named_before_training(case: str, two_clas
     assert "\n" not in str(error.value)
 
 
+def test_one_class_folder_is_a_class_where_that_is_said(two_classes: Path) -> None:
+    one_class(two_classes)
+    source = build(two_classes, layout="classes")
+    assert source.classes == ("b",) and source.split("train").labels.unique().tolist() == [0]
+
+
 SKIPPED = [case for case, (_, words) in BAD.items() if words.startswith("b/")]
 
 

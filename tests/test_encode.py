@@ -20,6 +20,7 @@ from intarsia.cli import UserError, run_main
 from intarsia.codes import CodesDataset, CodesError
 from intarsia.config import ConfigError
 from intarsia.distributed import comm
+from intarsia.hub_files import HubError
 from intarsia.rng import StepRng
 from intarsia.specs import SignalSpec
 from stage1_tokenizer import encode
@@ -223,14 +224,16 @@ def test_check_and_dry_run_write_nothing(tmp_path: Path, run_folder: Path, capsy
         (["--tokenizer", "RUN", "--out", "OUT", "--views", "2", "--data.transform.shift", "0"], "views: 2 of data that are not augmented"),
         (["--tokenizer", "RUN", "--out", "OUT", "--max_steps", "2"], "a dump has no steps"),
         (["--tokenizer", "nobody/none", "--out", "OUT"], "data: nobody/none has no config.yaml of a run; say --data.type"),
+        (["--tokenizer", "runs/no/such", "--out", "OUT"], "tokenizer: 'runs/no/such' is neither a folder nor a Hub id"),
         (["--tokenizer", "RUN", "--out", "OUT", "--device", "tpu"], "device: "),
+        (["--tokenizer", "RUN", "--out", "OUT", "--seed", str(2**63)], "seed: .*less than 9223372036854775808"),
     ],
 )
 def test_a_wrong_command_line_is_refused_before_anything_is_built(
     tmp_path: Path, run_folder: Path, words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encode.Tokenizer, "from_pretrained", lambda *a: pytest.fail("built"))
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, HubError), match=message):
         main([{"RUN": str(run_folder), "OUT": str(tmp_path / "codes")}.get(word, word) for word in words])
 
 

@@ -219,6 +219,7 @@ def test_to_casts_all_parts(kind: str) -> None:
     assert pipeline.to("cpu", torch.bfloat16).dtype == torch.bfloat16
     half = pipeline.sample(8, seed=0, label=1)
     assert half.dtype == torch.float32 and half.isfinite().all()
+    assert pipeline.reconstruct(half).isfinite().all() and pipeline.nll(half, 1).isfinite().all()
 
 
 @pytest.mark.gpu

@@ -103,7 +103,7 @@ def test_d5_arguments_of_one_method(gpt: TwoStagePipeline, name: str, value: Any
 
 def test_an_option_that_one_prior_refuses_is_refused_before_the_first_draws(monkeypatch: Any, ladder: TwoStagePipeline) -> None:
     monkeypatch.setattr(type(ladder.priors[0]), "sample", lambda *a, **k: pytest.fail("a sample was drawn"))
-    with pytest.raises(ValueError, match="top_k: 6; expected at most the vocabulary, 5"):
+    with pytest.raises(ValueError, match="top_k: 6; expected at most the vocabulary of level .top., 5"):
         ladder.sample(4, top_k=6)
 
 

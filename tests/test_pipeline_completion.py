@@ -9,8 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from intarsia.specs import SignalSpec
 from pipelines import TwoStagePipeline
 from pipelines.masks import generated_share, kept_cells
+from stage1_tokenizer.quantizers.residual import ResidualConfig
+from stage1_tokenizer.quantizers.vq import VQConfig
+from stage1_tokenizer.tokenizers.vqvae import VQVAE
+from stage2_prior.priors.rq import RQConfig, RQPrior
 from tests import tiny_pipelines as tiny
 
 ladders = tiny.ladders  # a fixture
@@ -246,8 +251,36 @@ def test_the_prior_that_cannot_is_named_even_where_those_above_can(monkeypatch: 
     whole = tiny.pipeline("parallel")
     mixed = TwoStagePipeline(whole.tokenizer, [whole.priors[0], tiny.prior("pixelcnn", whole.priors[0].spec, "1:2")])
     monkeypatch.setattr(type(whole.priors[0]), "sample", lambda *a, **k: pytest.fail("a sample was drawn"))
-    with pytest.raises(ValueError, match="mask: the pixelcnn prior of bottom cannot complete it"):
+    with pytest.raises(ValueError, match="^mask: the pixelcnn prior of bottom cannot complete it"):
         mixed.complete(images(2), spots(2), label=0)
+    codes, keep = mixed.encode(images(2)), [kept_cells(spots(2), level.shape) for level in mixed.spec.levels]
+    with pytest.raises(ValueError, match="^keep: the pixelcnn prior of bottom cannot complete it"):
+        mixed.complete_codes(codes, keep, label=0)
+
+
+def test_what_cannot_be_redrawn_is_said_of_redraw() -> None:
+    """Depth after depth at each position: the second depth alone is no end of the order."""
+    config = tiny.tokenizer().config.replace(quantizer=ResidualConfig(stages=2, inner=VQConfig(codes=16, dim=4, init="normal")))
+    stages = VQVAE(config, SignalSpec("image", 1, (8, 8)))
+    pipeline = TwoStagePipeline(stages, [RQPrior(RQConfig(width=16, depth=1, heads=2, cond_dropout=0.1), tiny.codes_spec(stages)).eval()])
+    assert pipeline.variations(images(2), "codes/0", label=0).shape == (2, 1, 8, 8)
+    with pytest.raises(ValueError, match="^redraw: the rq prior of codes/0, codes/1 cannot complete it"):
+        pipeline.variations(images(2), "codes/1", label=0)
+
+
+@pytest.mark.parametrize(("wrong", "said"), [(np.zeros((2, 4, 4), np.int64), "a list of Tensor, ndarray"), ("x", "a list of Tensor, str")])
+def test_codes_that_are_no_tensors_are_refused_by_name(pipelines: dict[str, TwoStagePipeline], wrong: Any, said: str) -> None:
+    pipeline = pipelines["parallel"]
+    codes = pipeline.encode(images(2))
+    keep = [torch.ones_like(c, dtype=torch.bool) for c in codes]
+    bad = [codes[0], wrong]
+    for call in (lambda: pipeline.nll(bad, 0), lambda: pipeline.decode(bad), lambda: pipeline.complete_codes(bad, keep)):
+        with pytest.raises(ValueError, match=f"^codes: {said}; expected one torch tensor for each level"):
+            call()
+    with pytest.raises(ValueError, match="^keep: a list of .*; expected one torch tensor for each level"):
+        pipeline.complete_codes(codes, [keep[0], wrong])
+    with pytest.raises(ValueError, match="^codes: a Tensor; expected one torch tensor for each level, in a list"):
+        pipeline.decode(codes[0])
 
 
 def test_codes_and_masks_of_other_levels_are_refused(pipelines: dict[str, TwoStagePipeline]) -> None:

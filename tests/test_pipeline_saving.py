@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -67,6 +68,14 @@ def test_a_saved_pipeline_loads_with_the_same_samples_settings_and_likelihoods(l
     x = torch.rand(3, 1, 8, 8)
     assert torch.equal(loaded.nll(x, "bag"), ladder.nll(x, "bag")) and torch.equal(loaded.reconstruct(x), ladder.reconstruct(x))
     assert json.loads((kept / "pipeline.json").read_text())["format"] == "pipeline/1"
+
+
+def test_defaults_of_numpy_are_saved_as_numbers(tmp_path: Path) -> None:
+    defaults = {"temperature": np.float32(0.5), "top_k": {"codes": np.int64(5)}, "guidance": {"start": np.float64(1), "stop": 2}}
+    tiny.pipeline("gpt", defaults=defaults).save_pretrained(tmp_path)
+    loaded = TwoStagePipeline.from_pretrained(tmp_path)
+    assert loaded.defaults == {"temperature": 0.5, "top_k": {"codes": 5}, "guidance": {"start": 1.0, "stop": 2}}
+    assert same(loaded, tiny.pipeline("gpt", defaults=defaults))
 
 
 def test_each_part_loads_alone(ladder: TwoStagePipeline, kept: Path) -> None:

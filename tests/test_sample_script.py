@@ -121,7 +121,7 @@ def files(folder: Path) -> None:
         (["--n", "2.5"], "n: "),
         (["--m", "2"], "--m: unknown key"),
         (["--temperature", "-1"], "temperature: -1"),
-        (["--top_k", "17"], "top_k: 17; expected at most the vocabulary, 16"),
+        (["--top_k", "17"], "top_k: 17; expected at most the vocabulary of level 'codes', 16"),
         (["--top_p", "0"], "top_p: 0"),
         (["--temperature.top", "0.5"], "temperature.top: unknown level; the levels are codes"),
         (["--steps", "3"], "steps: no prior of this pipeline has such a sampling option; the gpt prior of codes has temperature"),

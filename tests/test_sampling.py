@@ -148,8 +148,8 @@ def test_an_impossible_option_is_refused_by_name(name: str, value: object) -> No
 
 def test_top_k_above_the_vocabulary_is_refused_with_both_values() -> None:
     DrawOptions(top_k=8).check_vocab(8)
-    with pytest.raises(ValueError, match="top_k: 9; expected at most the vocabulary, 8"):
-        DrawOptions(top_k=9).check_vocab(8)
+    with pytest.raises(ValueError, match="top_k: 9; expected at most the vocabulary of level 'bottom', 8"):
+        DrawOptions(top_k=9).check_vocab(8, "bottom")
 
 
 def test_an_option_that_there_is_not_is_refused_with_those_that_there_are() -> None:

@@ -250,3 +250,5 @@ def test_evaluation_refuses_the_codes_of_another_tokenizer(codes: Path, tmp_path
         evaluate.main(["--prior", str(tmp_path / "run"), "--codes", str(other), "--device", "cpu"])
     with pytest.raises(ConfigError, match="out: .* is no run folder; say which file to write"):
         evaluate.main(["--prior", str(tmp_path / "run/model"), "--codes", str(codes)])
+    with pytest.raises(ValueError, match="prior: 'runs/no/such' is neither a folder nor a Hub id"):
+        evaluate.main(["--prior", "runs/no/such", "--codes", str(codes)])

@@ -14,6 +14,7 @@ from intarsia.specs import Cond, LevelSpec, SignalSpec
 from stage1_tokenizer.nets.conv import ConvConfig
 from stage1_tokenizer.objectives.base import OBJECTIVES
 from stage1_tokenizer.objectives.reconstruction import ReconstructionConfig
+from stage1_tokenizer.quantizers.base import QUANTIZERS
 from stage1_tokenizer.quantizers.vq import VQConfig
 from stage1_tokenizer.tokenizers.base import Tokenizer, TokenizerOutput
 from stage1_tokenizer.tokenizers.vqvae import VQVAE, VQVAEConfig
@@ -49,6 +50,20 @@ def test_any_size_that_the_stride_divides_is_encoded_and_decoded() -> None:
     codes = tokenizer.encode(torch.zeros(2, 3, 24, 10))
     assert codes[0].shape == (2, 12, 5)
     assert tokenizer.decode(codes).shape == (2, 3, 24, 10)
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS.names())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_networks_are_cast_and_quantisers_stay_wide(kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = signals(SIGNALS[2], 3)
+    for config in (QUANTIZERS.config(kind)(), *([VQConfig(codes=16, dim=4, update="gradient")] if kind == "vq" else [])):
+        tokenizer = VQVAE(CONFIG.replace(quantizer=config), SIGNALS[2])
+        tokenizer.initialize([signals(SIGNALS[2], 64)], StepRng(0, 0, torch.arange(64)), comm)
+        assert tokenizer.to(dtype).dtype == dtype
+        codes = tokenizer.encode(x)
+        assert tokenizer.decode(codes).dtype == dtype and tokenizer.decode(codes).isfinite().all()
+        assert all(t.dtype in (torch.float32, torch.float64) for t in tokenizer.quantizer.parameters())
 
 
 def test_the_codes_of_a_signal_do_not_depend_on_its_batch() -> None:

@@ -100,6 +100,13 @@ def test_any_size_that_the_coarsest_stride_divides_is_encoded_and_decoded() -> N
         tokenizer.encode(torch.zeros(2, 3, 16, 12))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_networks_are_cast_and_quantisers_stay_wide(dtype: torch.dtype) -> None:
+    tokenizer = built(3).to(dtype)
+    codes = tokenizer.encode(signals(3))
+    assert tokenizer.decode(codes).dtype == tokenizer.dtype == dtype and tokenizer.decode(codes[:2]).isfinite().all()
+
+
 # Codes and reconstructions ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("levels", [2, 3])
 def test_decoding_all_codes_or_a_prefix_gives_what_training_saw(levels: int) -> None:

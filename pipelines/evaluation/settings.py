@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from intarsia.cli import Flags, UserError
-from intarsia.config import Config, ConfigError, Place
+from intarsia.config import Config, ConfigError, Place, Seed
 from pipelines.evaluation.features import BUNDLED, FeatureModel
 from pipelines.evaluation.sets import ImageSet, balanced_labels, can_balance, choose_rows, in_batches, measure, real_batches
 from pipelines.sampling_config import SamplingConfig
@@ -45,7 +45,7 @@ class MeasureConfig(Config):
     """Neighbours that make the manifolds of precision and recall."""
     bootstrap: Annotated[int, Field(ge=2)] = 200
     """Resampled sets behind each interval."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Of the samples, the baseline, the choice of reference images and the intervals."""
     device: Place[str] = "auto"
     """auto, cpu, cuda, cuda:1, ..."""

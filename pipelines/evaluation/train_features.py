@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from intarsia.cli import UserError, parse, run_main
-from intarsia.config import Budget, Config, ConfigError, Place
+from intarsia.config import Budget, Config, ConfigError, Place, Seed
 from intarsia.order import Order
 from pipelines.evaluation.features import CLASSIFIERS, Classifier, ClassifierConfig, ClassifierSpec, ConvClassifierConfig
 from pipelines.sample import device_of
@@ -47,7 +47,7 @@ class TrainFeaturesConfig(Config):
     """Peak learning rate: AdamW, one cycle."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Of AdamW."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Of the first weights, the order and the augmentation."""
     device: Place[str] = "cpu"
     """auto, cpu, cuda, cuda:1, ..."""

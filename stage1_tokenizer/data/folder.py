@@ -50,9 +50,9 @@ class FolderSource(DecodedSource):
             flat = next(name for name, labelled in kinds.items() if not labelled)
             raise DataError(f"data.root: {roots[flat]!r} has no class folders, the other splits have; set layout")
         classes = tuple(found["train"][1] or ())
-        if len(classes) == 1:
+        if len(classes) == 1 and config.layout == "auto":
             where = f"data.root: {roots['train']!r} holds one class folder only, {classes[0]!r}"
-            raise DataError(f"{where}; set layout to flat for unlabelled images")
+            raise DataError(f"{where}; set layout to flat for unlabelled images, or to classes")
         parts = {}
         for name, (names, own) in found.items():
             labels = None

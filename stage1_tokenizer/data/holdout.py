@@ -51,7 +51,8 @@ def held_out(holdout: Holdout, n: int, has_validation: bool) -> Tensor | None:
             mask = rank < (SHARE if holdout is None else holdout)
             mask[rank.argmin()] = True
     if mask.all():
-        raise ConfigError([f"data.holdout: {holdout!r} holds out all {n} train samples; leave some to train on, or set 0"])
+        share = f"{SHARE:.0%}, the default," if holdout is None else repr(holdout)
+        raise ConfigError([f"data.holdout: {share} holds out all {n} train sample(s); leave some to train on, or set 0"])
     return mask
 
 

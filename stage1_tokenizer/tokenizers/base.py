@@ -17,7 +17,7 @@ from intarsia.padded import run_padded
 from intarsia.registry import Registry
 from intarsia.rng import StepRng
 from intarsia.specs import Cond, SignalSpec, TokenizerSpec, to_plain
-from stage1_tokenizer.quantizers.base import check_codes
+from stage1_tokenizer.quantizers.base import Quantizer, check_codes
 
 TOKENIZERS: Registry[Tokenizer] = Registry("tokenizer", "stage1_tokenizer.tokenizers")
 
@@ -157,7 +157,10 @@ class Tokenizer(Pretrained, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+        """Of the networks: quantisers stay in float32 or wider."""
+        inner = {id(p) for module in self.modules() if isinstance(module, Quantizer) for p in module.parameters()}
+        found = [p.dtype for p in self.parameters() if p.is_floating_point() and id(p) not in inner]
+        return found[0] if found else next(p.dtype for p in self.parameters() if p.is_floating_point())
 
     @property
     def device(self) -> torch.device:

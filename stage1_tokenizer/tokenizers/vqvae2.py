@@ -178,7 +178,7 @@ class VQVAE2(Tokenizer):
 
     def _join(self, level: int, z: Tensor, above: Tensor | None) -> Tensor:
         """j_i of q_i and c_i."""
-        z = z.contiguous()  # quantisers give channels last, in which torch's group norm is slow on a CPU
+        z = z.contiguous().to(self.from_codes[level].weight.dtype)  # from float32 and channels last, in which group norm is slow on a CPU
         return self.from_codes[level](z if above is None else torch.cat([z.to(above.dtype), above], 1))
 
     def _climb(self, features: list[Tensor], rng: StepRng | None, levels: int) -> tuple[list[Quantized], list[Tensor], Tensor]:

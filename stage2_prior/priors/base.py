@@ -190,7 +190,7 @@ class Prior(Pretrained, nn.Module):
         names = [level.name for level in self.own]
         chosen = choose_options(self.Options, options, f"a {self.type_name} prior", names)
         for level, each in zip(self.own, chosen, strict=True):
-            each.check_vocab(level.vocab)
+            each.check_vocab(level.vocab, level.name)
             if each.guided:
                 self._check_guidance(each.guidance, cond)
         return chosen

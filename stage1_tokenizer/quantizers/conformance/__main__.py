@@ -37,7 +37,11 @@ def main(argv: list[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0].startswith("-"):
         types = ", ".join(QUANTIZERS.names())
-        raise UserError(f"usage: {PROGRAM} TYPE|module:name [--config FILE] [--field value ...] [--processes]; types: {types}")
+        usage = f"usage: {PROGRAM} TYPE|module:name [--config FILE] [--field value ...] [--processes]; types: {types}"
+        if words[:1] not in (["--help"], ["-h"]):
+            raise UserError(usage)
+        print(usage)
+        return
     kind, *words = words
     processes = "--processes" in words
     words = [word for word in words if word != "--processes"]

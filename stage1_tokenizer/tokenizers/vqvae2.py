@@ -178,8 +178,9 @@ class VQVAE2(Tokenizer):
 
     def _join(self, level: int, z: Tensor, above: Tensor | None) -> Tensor:
         """j_i of q_i and c_i."""
-        z = z.contiguous().to(self.from_codes[level].weight.dtype)  # from float32 and channels last, in which group norm is slow on a CPU
-        return self.from_codes[level](z if above is None else torch.cat([z.to(above.dtype), above], 1))
+        join = self.from_codes[level]
+        z = z.contiguous().to(next(join.parameters()).dtype)  # from float32, and channels last, in which group norm is slow on a CPU
+        return join(z if above is None else torch.cat([z.to(above.dtype), above], 1))
 
     def _climb(self, features: list[Tensor], rng: StepRng | None, levels: int) -> tuple[list[Quantized], list[Tensor], Tensor]:
         """Quantises the first ``levels`` levels: what each quantiser gave, c_1, c_2, ..., and j of the last."""

@@ -25,7 +25,7 @@ help: ## this list
 quickstart: $(STAMP) ## train both stages on the bundled images; results in runs/quickstart (20 minutes on two cores with AVX2)
 	$(PY) -m pipelines.quickstart
 
-test: $(STAMP) ## the tests of every change (8 minutes on two cores with AVX2)
+test: $(STAMP) ## the tests of every change (4 minutes on two cores with AVX-512, 8 with AVX2)
 	$(PYTEST) $(PARALLEL) -m "not slow and not faults and not gpu"
 
 faults: $(STAMP) ## several processes train as one; crashes, damage, bad ranks (at most 6 minutes)

@@ -11,7 +11,8 @@ from torch._subclasses import FakeTensorMode
 from intarsia.distributed import comm
 from intarsia.rng import StepRng
 from stage1_tokenizer.quantizers.assign import assign, rotated_back
-from stage1_tokenizer.quantizers.base import Quantizer
+from stage1_tokenizer.quantizers.base import QUANTIZERS, Quantizer, QuantizerConfig
+from stage1_tokenizer.quantizers.bsq import BSQConfig
 from stage1_tokenizer.quantizers.entropy import mean_entropy
 from stage1_tokenizer.quantizers.growth import codes_at
 from stage1_tokenizer.quantizers.gumbel import Gumbel, GumbelConfig
@@ -56,6 +57,16 @@ def test_where_no_rotation_is_defined_the_gradient_passes_as_it_is() -> None:
     assert torch.equal(rotated_back(grad, z, e), grad)
     same = torch.randn(4, 3)
     torch.testing.assert_close(rotated_back(same, same, same), same)
+
+
+@pytest.mark.parametrize("config", [VQConfig(codes=16, dim=4, cosine=True, init="normal"), BSQConfig(bits=4)])
+def test_a_latent_of_length_0_has_no_gradient_and_leaves_that_of_the_others(config: QuantizerConfig) -> None:
+    q, z = QUANTIZERS.build(config).train(), torch.randn(2, 4, 3)
+    z[0, :, 1] = 0
+    z = z.requires_grad_()
+    out = q(z, step_rng(0, 2))
+    ((out.z * torch.arange(1.0, 5)[:, None]).sum() + out.loss).backward()
+    assert not z.grad[0, :, 1].any() and 0.01 < z.grad.norm() < 1e3 and (z.grad != 0).any(1).sum() == 5
 
 
 def test_vq_turns_the_gradient_of_each_position() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from intarsia.config import Config
@@ -192,6 +193,12 @@ def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
     """``z_q`` with the gradient of ``z`` (Bengio et al. 2013, arXiv:1308.3432); its very bits, which z + (z_q - z).detach() has not."""
     out: Tensor = _StraightThrough.apply(z, z_q)
     return out
+
+
+def direction(z: Tensor, dim: int) -> Tensor:
+    """z / |z|, without a gradient where |z| < 1e-6: one latent of length 0 would have 10^12 times that of all others."""
+    short = z.detach().norm(dim=dim, keepdim=True) < 1e-6
+    return F.normalize(torch.where(short, z.detach(), z), dim=dim)
 
 
 def check_finite(z: Tensor, training: bool) -> Tensor:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from stage1_tokenizer.quantizers.base import QUANTIZERS
+from stage1_tokenizer.quantizers.base import QUANTIZERS, direction
 from stage1_tokenizer.quantizers.lfq import SignConfig, SignQuantizer
 
 
@@ -30,4 +29,4 @@ class BSQ(SignQuantizer):
         self.value = config.bits**-0.5
 
     def project(self, rows: Tensor) -> Tensor:
-        return F.normalize(rows, dim=-1)
+        return direction(rows, -1)

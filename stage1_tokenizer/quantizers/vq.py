@@ -13,7 +13,15 @@ from intarsia.distributed import Comm
 from intarsia.rng import StepRng
 from stage1_tokenizer.quantizers import statistics
 from stage1_tokenizer.quantizers.assign import Estimator, assign
-from stage1_tokenizer.quantizers.base import QUANTIZERS, Quantized, QuantizerConfig, at_least_float32, check_finite, check_latents
+from stage1_tokenizer.quantizers.base import (
+    QUANTIZERS,
+    Quantized,
+    QuantizerConfig,
+    at_least_float32,
+    check_finite,
+    check_latents,
+    direction,
+)
 from stage1_tokenizer.quantizers.codebook import CodebookQuantizer
 from stage1_tokenizer.quantizers.entropy import EntropyConfig, mean_entropy
 from stage1_tokenizer.quantizers.growth import codes_at, split
@@ -192,7 +200,7 @@ class VQ(CodebookQuantizer):
             rows = at_least_float32(z).movedim(1, -1).reshape(-1, self.dim).contiguous()
             finite = check_finite(rows.view(batch, -1), self.training)
             if self.config.cosine:
-                rows = F.normalize(rows, dim=1)
+                rows = direction(rows, 1)
             vectors, cost = self.vectors().to(rows.dtype), self.cost()
             cost = None if cost is None else cost.to(rows.dtype)
             codes = nearest(rows.detach(), vectors.detach(), cost)

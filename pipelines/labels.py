@@ -23,7 +23,7 @@ SHOWN = 20
 def known_classes(classes: Sequence[str]) -> str:
     """The names for a message; the first of many."""
     more = f", ... ({len(classes)} in all)" if len(classes) > SHOWN else ""
-    return ", ".join(classes[:SHOWN]) + more
+    return ", ".join(repr(name) if "," in name else name for name in classes[:SHOWN]) + more
 
 
 def class_index(label: Any, classes: Sequence[str]) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from intarsia.specs import CodesSpec, LevelSpec
 from pipelines import TwoStagePipeline
+from pipelines.labels import known_classes
 from tests import tiny_pipelines as tiny
 
 ladders, gpt, ladder = tiny.ladders, tiny.gpt, tiny.ladder  # fixtures
@@ -142,6 +143,7 @@ def test_labels_come_as_indices_names_sequences_and_tensors(gpt: TwoStagePipelin
 def test_an_unknown_name_is_answered_with_the_nearest(gpt: TwoStagePipeline) -> None:
     with pytest.raises(ValueError, match="label: unknown class 'shrit'; did you mean 'Shirt'. known: shoe, bag, Shirt, dress"):
         gpt.sample(1, label="shrit")
+    assert known_classes(("cat", "dog, big")) == "cat, 'dog, big'"
 
 
 def test_without_training_frequencies_a_label_is_asked_for() -> None:

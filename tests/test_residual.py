@@ -87,6 +87,15 @@ def test_scalar_stages_see_what_is_left_magnified() -> None:
 
 
 # Quantiser dropout ---------------------------------------------------------------------------------------------
+def test_weights_say_how_often_each_depth_is_drawn() -> None:
+    n = 40_000
+    depth = built(dropout=0.5, depth_weights=(5.0, 0.0, 1.0)).depth(rng(0, n))
+    share = torch.bincount(depth, minlength=4).double() / n
+    assert share[2] == 0 and share.tolist() == pytest.approx([0, 0.5 * 5 / 6, 0, 0.5 + 0.5 / 6], abs=0.01)
+    alike = built(dropout=0.7, depth_weights=(2.0, 2.0, 2.0)).depth(rng(1, n))
+    assert torch.equal(alike, built(dropout=0.7).depth(rng(1, n)))
+
+
 
 
 def test_depths_are_drawn_per_sample_with_the_given_share_and_uniformly() -> None:
@@ -278,7 +287,18 @@ def test_c1_two_processes_and_accumulation_train_what_one_process_trains(ranks, 
     assert one.distance(Left.of(tmp_path / "parts")) <= 1e-10
 
 
-@pytest.mark.parametrize("change", [{"stages": 0}, {"dropout": 1.5}, {"inner": {"type": "vqq"}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stages": 0},
+        {"dropout": 1.5},
+        {"inner": {"type": "vqq"}},
+        {"depth_weights": [1.0, 2.0], "dropout": 0.5},
+        {"depth_weights": [1.0, -1.0, 1.0, 1.0], "dropout": 0.5},
+        {"depth_weights": [0.0] * 4, "dropout": 0.5},
+        {"depth_weights": [1.0] * 4},
+    ],
+)
 def test_impossible_settings_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
         ResidualConfig.from_dict(change)

@@ -4,12 +4,13 @@ stages before it left."""
 from __future__ import annotations
 
 import copy
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from intarsia.config import Added
 from intarsia.rng import StepRng
 from stage1_tokenizer.quantizers.base import (
     QUANTIZERS,
@@ -33,9 +34,18 @@ class ResidualConfig(QuantizerConfig):
     shared: bool = False
     """One codebook for all stages (Lee et al.), instead of one each (Zeghidour et al.)."""
     dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Quantiser dropout: the share of samples whose depth is drawn uniformly from 1 to L in a step; one model then serves every depth."""
+    """Quantiser dropout: the share of samples whose depth is drawn from 1 to L in a step; one model then serves every depth."""
+    depth_weights: Added[tuple[float, ...] | None] = None
+    """How often dropout draws each depth, against the others; null = all alike."""
     inner: QuantizerConfig = VQConfig(codes=512, dim=32)
     """The quantiser of each stage."""
+
+    def model_post_init(self, context: Any) -> None:
+        weights = self.depth_weights
+        if weights is not None and (len(weights) != self.stages or min(weights) < 0 or sum(weights) == 0):
+            raise ValueError(f"depth_weights: {weights}; expected {self.stages} numbers, one for each stage, none negative, not all 0")
+        if weights is not None and self.dropout == 0:
+            raise ValueError(f"depth_weights: {weights}, but dropout is 0 and draws no depth")
 
 
 @QUANTIZERS.register("residual", ResidualConfig)
@@ -97,7 +107,11 @@ class Residual(Composite):
     def depth(self, rng: StepRng, dtype: torch.dtype = torch.float64) -> Tensor:
         """(B,) int64: the stages that count for each sample in this step."""
         draw = rng.uniform("residual/dropout", 2, dtype=dtype)
-        drawn = (draw[:, 1] * self.count).long() + 1
+        if self.config.depth_weights is None:
+            drawn = (draw[:, 1] * self.count).long() + 1
+        else:
+            ends = torch.tensor(self.config.depth_weights, dtype=draw.dtype, device=draw.device).cumsum(0)
+            drawn = torch.searchsorted(ends, draw[:, 1] * ends[-1], right=True).clamp(max=self.count - 1) + 1
         return torch.where(draw[:, 0] < self.config.dropout, drawn, self.count)
 
     def forward(self, z: Tensor, rng: StepRng | None = None, active: Tensor | None = None) -> Quantized:

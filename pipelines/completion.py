@@ -20,7 +20,7 @@ from pipelines.parts import PipelineParts
 
 
 @contextmanager
-def _called(argument: str) -> Iterator[None]:
+def called(argument: str) -> Iterator[None]:
     """What is wrong with ``keep`` is said of the argument that it was made from."""
     try:
         yield
@@ -117,7 +117,7 @@ class Completions(PipelineParts):
             raise ValueError(f"x: shape {tuple(x.shape)}; expected at least one signal")
         check_mask(mask, len(x), self.signal)
         keep = [kept_cells(mask.to(self.device), level.shape) for level in self.spec.levels]
-        with _called("mask"):
+        with called("mask"):
             return self.decode(self.complete_codes(self.encode(x), keep, n=n, **arguments)).cpu()
 
     def inpaint(self, x: Tensor, mask: Tensor, *, blend: int = 0, n: int = 1, **arguments: Any) -> Tensor:
@@ -153,7 +153,7 @@ class Completions(PipelineParts):
         start = self._level(redraw)
         codes = self.encode(x)
         keep = [torch.full_like(c, i < start, dtype=torch.bool) for i, c in enumerate(codes)]
-        with _called("redraw"):
+        with called("redraw"):
             return self.decode(self.complete_codes(codes, keep, **arguments)).cpu()
 
     def _level(self, level: int | str) -> int:

@@ -20,6 +20,7 @@ from intarsia.cli import parse, run_main
 from intarsia.config import Config, Place, Seed
 from intarsia.files import json_bytes, write_atomic
 from intarsia.pictures import save_strips
+from pipelines.completion import called
 from pipelines.evaluation.baseline import IndependentCodes
 from pipelines.evaluation.bootstrap import LEVEL, mean_estimate
 from pipelines.evaluation.report import describe_pipeline
@@ -113,7 +114,8 @@ def measure_completions(
     drawn = sum(int((~k[0]).sum()) for k in keep)
 
     known = label if pipeline.classes else None
-    completed = [c.cpu() for c in pipeline.complete_codes(codes, keep, label=known, seed=config.seed, **config.sampling.given())]
+    with called("part"):
+        completed = [c.cpu() for c in pipeline.complete_codes(codes, keep, label=known, seed=config.seed, **config.sampling.given())]
     levels = pipeline.spec.levels[: len(codes)]
     baseline = IndependentCodes(levels, encoded(pipeline, train, torch.arange(len(train))), train.labels, len(source.classes))
     marginal = baseline.sample(rows, label if baseline.labels is not None else None, config.seed)

@@ -62,7 +62,7 @@ def test_halves_make_a_whole_and_the_centre_has_a_border(shape: tuple[int, int])
 
 def test_what_cannot_be_judged_or_completed_is_refused() -> None:
     one, source, few = tiny.pipeline("gpt"), Blobs(), JudgeConfig(part="right", n=4, bootstrap=2)
-    with pytest.raises(ValueError, match="mask: the gpt prior of codes cannot complete it"):
+    with pytest.raises(ValueError, match="^part: the gpt prior of codes cannot complete it"):
         measure_completions(one, one, source, few)
     other = tiny.TwoStagePipeline(tiny.tokenizer(5), [tiny.prior("gpt", tiny.codes_spec(tiny.tokenizer(5)))])
     with pytest.raises(ValueError, match=r"judge: its tokenizer is \w{12}; the pipeline's is \w{12}"):

@@ -22,7 +22,7 @@ BENCHMARKS := $(filter-out __init__ common,$(basename $(notdir $(wildcard benchm
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
-quickstart: $(STAMP) ## train both stages on the bundled images; results in runs/quickstart (20 minutes on two cores with AVX2)
+quickstart: $(STAMP) ## train both stages on the bundled images; results in runs/quickstart (8 minutes on two cores with AVX-512, 20 with AVX2)
 	$(PY) -m pipelines.quickstart
 
 test: $(STAMP) ## the tests of every change (4 minutes on two cores with AVX-512, 8 with AVX2)

@@ -57,10 +57,11 @@ def check_file(path: Path) -> Path:
     return path
 
 
-def check_source(name: str, path_or_repo: str) -> None:
-    """Raises HubError, naming the argument, for what is neither a folder nor could be a Hub id."""
-    if not Path(path_or_repo).is_dir() and not _REPO_ID.fullmatch(path_or_repo):
-        raise HubError(f"{name}: {path_or_repo!r} is neither a folder nor a Hub id such as 'user/name'")
+def check_source(name: str, path_or_repo: str | Path) -> None:
+    """Raises HubError, naming the argument where it has a ``name``, for what is neither a folder nor could be a Hub id."""
+    could_be = isinstance(path_or_repo, str) and _REPO_ID.fullmatch(path_or_repo)
+    if not could_be and not (str(path_or_repo) and Path(path_or_repo).is_dir()):
+        raise HubError(f"{name}{': ' if name else ''}{str(path_or_repo)!r} is neither a folder nor a Hub id such as 'user/name'")
 
 
 def release_folder(path: str | Path) -> str:
@@ -95,15 +96,14 @@ def fetch(
         for name in files:
             check_file(local / name)
         return Snapshot(local, None)
-    if not isinstance(path_or_repo, str) or not _REPO_ID.fullmatch(path_or_repo):
-        raise HubError(f"{str(path_or_repo)!r} is neither a folder nor a Hub id such as 'user/name'")
+    check_source("", path_or_repo)
     from huggingface_hub import errors as hf
     from huggingface_hub import hf_hub_download
 
     folder: Path | None = None
     for name in files:
         try:
-            found = Path(hf_hub_download(path_or_repo, name, revision=revision, local_files_only=local_files_only, token=token))
+            found = Path(hf_hub_download(str(path_or_repo), name, revision=revision, local_files_only=local_files_only, token=token))
         except hf.LocalEntryNotFoundError as error:
             reason = _line(error.__cause__ or error)
             raise HubError(f"{path_or_repo}: {name} is not in the cache and could not be fetched: {reason}") from error

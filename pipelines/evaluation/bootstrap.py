@@ -3,7 +3,7 @@
 A statistic such as a Frechet distance is biased upwards at finite n, and a resampled set has that bias once more. The
 replicates are therefore centred on the estimate: an interval says how far the figure would move with another draw of
 equally many samples; it does not correct the figure itself for its sample size. Of a Frechet distance near the value that
-equal distributions have at this n, intervals are too wide (up to 1.8 times in a trial with n = 500, D = 16), never too narrow.
+equal distributions have at this n, intervals can be too wide.
 """
 
 from __future__ import annotations

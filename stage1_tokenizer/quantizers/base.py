@@ -196,7 +196,7 @@ def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
 
 
 def direction(z: Tensor, dim: int) -> Tensor:
-    """z / |z|, without a gradient where |z| < 1e-6: one latent of length 0 would have 10^12 times that of all others."""
+    """z / |z|, without a gradient where |z| < 1e-6: at length 0 ``F.normalize`` multiplies it by 10^12."""
     short = z.detach().norm(dim=dim, keepdim=True) < 1e-6
     return F.normalize(torch.where(short, z.detach(), z), dim=dim)
 

@@ -215,7 +215,7 @@ class VQ(CodebookQuantizer):
 
     @torch.no_grad()
     def update(self, rng: StepRng, comm: Comm) -> dict[str, Tensor]:
-        """Moving averages (with Laplace smoothing in the division only), then restarts of dead codes, then growth.
+        """Moving averages (with Laplace smoothing in the division only; codes hardly used stay), then restarts of dead codes, then growth.
 
         Two collectives of fixed size, on every rank in every step: the least keys, then counts, sums and candidates.
         """

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 FORMAT = "codes/1"
 MANIFEST = "codes.json"
-MAX_MANIFEST = 1 << 26
 
 
 class CodesError(ValueError):
@@ -170,7 +169,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise CodesError(f"codes: {str(folder)!r} is no folder")
     if not path.is_file():
         raise CodesError(f"{path}: is missing: the dump of codes is incomplete; run the same encode command again to complete it")
-    tree = read_json(path, CodesError, MAX_MANIFEST)
+    tree = read_json(path, CodesError)
     found = tree.get("format") if isinstance(tree, dict) else None
     if found != FORMAT:
         raise CodesError(f"{path}: format {found!r}; this version of intarsia reads {FORMAT!r}")

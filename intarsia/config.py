@@ -27,9 +27,9 @@ T = TypeVar("T")
 Budget = Annotated[T, "budget"]
 Place = Annotated[T, "place"]
 Added = Annotated[T, "added"]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """A field that a released configuration did not have yet; its default must be what was done before it came. At its default it
 stays out of hashes, so that releases keep their fingerprints."""
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class ConfigError(ValueError):

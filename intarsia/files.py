@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-MAX_JSON = 1 << 20
+MAX_JSON = 1 << 26  # names and counts of 65,536 classes, or the list of a million shards, among others
 MAX_JSON_DEPTH = 64
 
 
@@ -65,6 +66,15 @@ def write_atomic(path: Path, content: bytes) -> None:
 def json_bytes(tree: Any) -> bytes:
     """The one JSON text of a tree: indented, in its own order, without NaN."""
     return (json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def finite_or_null(tree: Any) -> Any:
+    """A plain tree for JSON, which has no infinity: numbers that are not finite become null."""
+    if isinstance(tree, dict):
+        return {key: finite_or_null(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [finite_or_null(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def read_json(path: Path, error: Callable[[str], Exception], max_bytes: int = MAX_JSON) -> Any:

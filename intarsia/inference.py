@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+_WHOLE = "ieee"  # torch's word for float32 that is not shortened to TF32 or bfloat16 within a product
+
 
 class inference:
-    """Eval mode without autocast for the length of a ``with``; on CUDA convolutions without TF32, by deterministic kernels that no
-    measurement chooses, so that bits depend neither on what trained before nor on a caller's settings. All of it is restored.
+    """Eval mode without autocast for the length of a ``with``, in ``exact_arithmetic``. All of it is restored.
 
     ``module`` has parameters.
     """
@@ -22,23 +24,44 @@ class inference:
     def __enter__(self) -> None:
         device = next(self.module.parameters()).device.type
         self.was_training = self.module.training
-        self.settings = [torch.autocast(device, enabled=False), exact_convolutions(device)]
+        self.settings = ExitStack()
+        self.settings.enter_context(torch.autocast(device, enabled=False))
+        self.settings.enter_context(exact_arithmetic(device))
         self.module.eval()
-        for setting in self.settings:
-            setting.__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        for setting in reversed(self.settings):
-            setting.__exit__(*error)
+        self.settings.close()
         self.module.train(self.was_training)
 
 
-def exact_convolutions(device: str) -> AbstractContextManager[Any]:
-    """cuDNN's deterministic kernels in whole float32, for the length of a ``with``; nothing elsewhere than on "cuda"."""
-    if device != "cuda":
-        return nullcontext()
-    flags: Any = torch.backends.cudnn.flags
-    found: AbstractContextManager[Any] = flags(
-        enabled=torch.backends.cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False
-    )
-    return found
+@contextmanager
+def exact_arithmetic(device: str) -> Iterator[None]:
+    """``whole_float32`` for the length of a ``with``; on "cuda" by deterministic kernels that no measurement chooses, so that bits
+    depend neither on what trained before nor on a caller's settings."""
+    kernels = [(torch.backends.cudnn, "benchmark", False), (torch.backends.cudnn, "deterministic", True)]
+    with whole_float32(), _set(kernels if device == "cuda" else []):
+        yield
+
+
+@contextmanager
+def whole_float32() -> Iterator[None]:
+    """Products and convolutions of float32 in float32 for the length of a ``with``, on all devices, whatever
+    ``torch.set_float32_matmul_precision`` and the like have allowed: on a CPU that knows bfloat16, too."""
+    backends = torch.backends
+    units: list[Any] = [backends.cuda.matmul, backends.cudnn.conv]  # type: ignore[attr-defined]
+    units += [getattr(backends.mkldnn, name) for name in ("matmul", "conv") if hasattr(backends.mkldnn, name)]
+    with _set([(unit, "fp32_precision", _WHOLE) for unit in units]):
+        yield
+
+
+@contextmanager
+def _set(wanted: list[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Attributes (of what, name, value) for the length of a ``with``."""
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in wanted]
+    try:
+        for owner, name, value in wanted:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)

@@ -22,23 +22,26 @@ _held: set[Path] = set()  # record locks do not keep a process from itself
 class RunLock:
     """Holds ``folder/.lock`` from construction to ``release``.
 
+    Args:
+        argument: what named the folder, for messages.
+
     Raises:
         UserError: where another run holds it, naming its pid, host and start.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, argument: str = "run") -> None:
         self.path = folder.resolve() / ".lock"
         self._holder = self.path.with_name(".lock.json")
         if self.path in _held:
-            raise UserError(f"run: {folder} is in use by this process (pid {os.getpid()})")
+            raise UserError(f"{argument}: {folder} is in use by this process (pid {os.getpid()})")
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._descriptor)
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise UserError(f"run: {folder} cannot be locked: {error.strerror}") from error
-            raise UserError(f"run: {folder} is in use by {self._describe()}") from None
+                raise UserError(f"{argument}: {folder} cannot be locked: {error.strerror}") from error
+            raise UserError(f"{argument}: {folder} is in use by {self._describe()}") from None
         _held.add(self.path)
         self._pid = os.getpid()
         self._holder.write_text(json.dumps({"pid": self._pid, "host": socket.gethostname(), "start": time.strftime("%Y-%m-%dT%H:%M:%S%z")}))

@@ -31,7 +31,6 @@ SPARE_BYTES = 64 << 20  # for logs, pictures and a release of moderate size
 
 def env_rank() -> int:
     """The rank that the launcher gave this process; 0 where there is none."""
-    """This process's rank as the launcher says it, before processes have joined."""
     return int(os.environ.get("RANK", "0"))
 
 

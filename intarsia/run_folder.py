@@ -74,11 +74,13 @@ class RunFolder:
 
     def begun_on(self, name: str, facts: dict[str, Any]) -> dict[str, Any]:
         """What the run in this folder was begun on, as its file ``name`` says; where it begins now, ``facts``, which rank 0 writes there.
+        A run that left neither a checkpoint nor a release begins now.
 
         Raises UserError for a file that cannot be read.
         """
         path = self.folder / name
-        begun = read_json(path, UserError) if path.is_file() else None
+        kept = any(self.checkpoints.glob("step-*")) or (self.folder / "model").exists()
+        begun = read_json(path, UserError) if kept and path.is_file() else None
         comm.barrier()  # every rank has looked
         with on_main(name, comm, self.device):
             if self.is_main and begun is None:

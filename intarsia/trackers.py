@@ -10,9 +10,8 @@ from typing import Any, Protocol
 
 
 class Tracker(Protocol):
-    """Where metrics and pictures go besides the run folder."""
+    """Where metrics and pictures go besides the run folder. ``step``: steps that are done."""
 
-    """Where metrics and pictures go. ``step``: steps that are done."""
 
     def log(self, values: Mapping[str, float], step: int) -> None: ...
 

@@ -15,13 +15,14 @@ from pydantic import Field
 
 from intarsia.cli import parse, run_main
 from intarsia.config import ConfigError, Place
-from intarsia.files import json_bytes, write_atomic
+from intarsia.files import finite_or_null, json_bytes, write_atomic
 from pipelines.evaluation.bootstrap import LEVEL, Estimate, mean_estimate
 from pipelines.evaluation.distances import frechet_table, precision_recall
 from pipelines.evaluation.features import FeatureModel, load_features
 from pipelines.evaluation.report import describe_pipeline
 from pipelines.evaluation.sets import ImageSet
 from pipelines.evaluation.settings import (
+    REFERENCE,
     MeasureConfig,
     check_fit,
     check_script,
@@ -35,7 +36,6 @@ from pipelines.sample import device_of
 from pipelines.sampling_config import ALIASES
 from pipelines.two_stage import TwoStagePipeline
 from stage1_tokenizer.data.base import SOURCES, Source
-from stage1_tokenizer.metrics import finite_or_null
 
 PROGRAM = "python -m pipelines.compare"
 FIGURES = "comparison.json"
@@ -55,13 +55,21 @@ def named(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     if len(names) < 2 or len(set(names)) != len(names) or not all(names):
         raise ConfigError([f"pipelines: {text!r}; expected at least two different ones, joined by commas"])
+    if REFERENCE in names:
+        raise ConfigError([f"pipelines: {REFERENCE!r} is what the real images are called; expected another name, such as ./{REFERENCE}"])
     return names
+
+
+def check_all(pipelines: Mapping[str, TwoStagePipeline], source: Source, config: CompareConfig) -> None:
+    """Raises ValueError before any draw: for data that are not those of a pipeline, and for options that one has no use for."""
+    for pipeline in pipelines.values():
+        check_fit(pipeline, source)
+        pipeline.stream(1, label=0 if pipeline.classes else None, seed=config.seed, **config.sampling.given())
 
 
 def compare(pipelines: Mapping[str, TwoStagePipeline], source: Source, model: FeatureModel, config: CompareConfig) -> dict[str, Any]:
     """The figures as a plain tree; pipelines are drawn one after the other, the first is what others are compared with."""
-    for pipeline in pipelines.values():
-        check_fit(pipeline, source)
+    check_all(pipelines, source, config)
     labelled = {bool(pipeline.classes) for pipeline in pipelines.values()}
     if len(labelled) > 1:
         raise ValueError("pipelines: some take labels and some do not; their samples follow different classes")
@@ -127,8 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     model = load_features(config.features, source.signal, device)
     pipelines = {name: load_pipeline(name, device) for name in names}
     if flags.check or flags.dry_run:
-        for pipeline in pipelines.values():
-            check_fit(pipeline, source)
+        check_all(pipelines, source, config)
         return
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -94,8 +94,8 @@ class Completions(PipelineParts):
     def _check_known(self, codes: Sequence[Tensor], keep: Sequence[Tensor], labelled: bool) -> None:
         for prior in self.priors:
             own = slice(prior.levels.start, prior.levels.stop)
-            if prior.conditional and not labelled and not prior.has_null:
-                raise ValueError(f"label: none; {describe(prior)} was trained with labels always present (cond_dropout 0) and needs one")
+            if not all(bool(k.all()) for k in keep[own]):  # it is asked
+                self._check_label(prior, labelled)
             try:
                 prior.check_known((codes[own], keep[own]))
             except ValueError as error:

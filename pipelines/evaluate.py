@@ -18,7 +18,7 @@ from torch import Tensor
 
 from intarsia.cli import parse, run_main
 from intarsia.config import ConfigError, Place
-from intarsia.files import json_bytes, write_atomic
+from intarsia.files import finite_or_null, json_bytes, write_atomic
 from intarsia.pictures import save_grid, save_strips
 from pipelines.evaluation.baseline import IndependentCodes
 from pipelines.evaluation.bits import bits_report
@@ -44,7 +44,7 @@ from pipelines.sample import device_of
 from pipelines.sampling_config import ALIASES
 from pipelines.two_stage import TwoStagePipeline
 from stage1_tokenizer.data.base import SOURCES, Source
-from stage1_tokenizer.metrics import CodeMetrics, finite_or_null, unit
+from stage1_tokenizer.metrics import CodeMetrics, unit
 
 PROGRAM = "python -m pipelines.evaluate"
 FIGURES = "evaluation.json"

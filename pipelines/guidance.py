@@ -14,7 +14,7 @@ from pydantic import Field
 
 from intarsia.cli import UserError, parse, run_main
 from intarsia.config import ConfigError, Place
-from intarsia.files import atomic, json_bytes, read_json, write_atomic
+from intarsia.files import atomic, finite_or_null, json_bytes, read_json, write_atomic
 from pipelines.evaluation.bootstrap import LEVEL, Estimate, mean_estimate
 from pipelines.evaluation.distances import frechet_table, precision_recall
 from pipelines.evaluation.features import FeatureModel, load_features
@@ -36,7 +36,6 @@ from pipelines.sample import device_of
 from pipelines.sampling_config import ALIASES
 from pipelines.two_stage import TwoStagePipeline
 from stage1_tokenizer.data.base import SOURCES, Source
-from stage1_tokenizer.metrics import finite_or_null
 
 PROGRAM = "python -m pipelines.guidance"
 FIGURES, PICTURE = "guidance.json", "guidance.png"

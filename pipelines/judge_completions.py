@@ -18,7 +18,7 @@ from torch import Tensor
 
 from intarsia.cli import parse, run_main
 from intarsia.config import Config, Place, Seed
-from intarsia.files import json_bytes, write_atomic
+from intarsia.files import finite_or_null, json_bytes, write_atomic
 from intarsia.pictures import save_strips
 from pipelines.completion import called
 from pipelines.evaluation.baseline import IndependentCodes
@@ -27,6 +27,7 @@ from pipelines.evaluation.report import describe_pipeline
 from pipelines.evaluation.sets import BATCH
 from pipelines.evaluation.settings import SplitName, check_fit, check_script, data_name, load_pipeline
 from pipelines.masks import kept_cells
+from pipelines.options import merged_options
 from pipelines.sample import device_of
 from pipelines.sampling_config import ALIASES, SamplingConfig
 from pipelines.two_stage import TwoStagePipeline
@@ -82,12 +83,15 @@ def part_mask(part: Part, n: int, shape: Sequence[int]) -> Tensor:
 
 
 def check_pair(pipeline: TwoStagePipeline, judge: TwoStagePipeline, source: Source) -> None:
-    """Raises ValueError for data that are not those of the pipelines, and for a judge of another tokenizer's codes."""
+    """Raises ValueError for data that are not those of the pipelines, and for a judge of another tokenizer's codes or other levels."""
     for one in (pipeline, judge):
         check_fit(one, source)
     if judge.tokenizer.fingerprint != pipeline.tokenizer.fingerprint:
         prints = f"{judge.tokenizer.fingerprint[:12]}; the pipeline's is {pipeline.tokenizer.fingerprint[:12]}"
         raise ValueError(f"judge: its tokenizer is {prints}: codes mean something else to it")
+    mine, its = (one.priors[-1].levels.stop for one in (pipeline, judge))
+    if its != mine:
+        raise ValueError(f"judge: its priors model {its} level(s) of codes; those of the pipeline {mine}")
 
 
 def encoded(pipeline: TwoStagePipeline, split: Split, rows: Tensor) -> list[Tensor]:
@@ -137,7 +141,7 @@ def measure_completions(
         "images": len(rows),
         "drawn_codes": drawn,
         "seed": config.seed,
-        "sampling": config.sampling.given(),
+        "sampling": merged_options(pipeline.priors, pipeline.defaults, config.sampling.given()),
         "bits_per_drawn_code": {
             "completed_above_real": figure(bits["completed"] - bits["real"]),
             "independent_above_real": figure(bits["independent"] - bits["real"]),
@@ -179,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     tree, pictures = measure_completions(pipeline, judge, source, config)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "completions.json", json_bytes(tree))
+    write_atomic(out / "completions.json", json_bytes(finite_or_null(tree)))
     save_strips(out / "completions.png", pictures, title=f"Completions: {config.part}")
     print(table_text(tree))
     print(f"{out}/completions.json and completions.png written")

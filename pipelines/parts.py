@@ -13,7 +13,7 @@ from intarsia.specs import SignalSpec
 from pipelines.fit import check_fit, whole
 from pipelines.labels import Label, label_tensor
 from pipelines.likelihood import nats
-from pipelines.options import check_options, plain_options, route_options
+from pipelines.options import check_options, describe, plain_options, route_options
 from pipelines.outputs import from_public, to_public
 from pipelines.request import Request, checked_request
 from stage1_tokenizer.tokenizers.base import Tokenizer
@@ -102,7 +102,7 @@ class PipelineParts:
     def nll(self, x: Tensor | Sequence[Tensor], label: Label | None = None) -> Tensor:
         """(n,) float64: -log p(codes | label) in nats, summed over all codes of the levels that the priors model.
 
-        An upper bound of it where ``nll_is_bound``.
+        An upper bound of it where ``nll_is_bound``: one that depends on a row's place, whose number decides what is masked.
 
         Args:
             x: signals (n, C, *axes) in [0, 1], or their codes, one (n, *grid) int64 tensor per level.
@@ -112,6 +112,8 @@ class PipelineParts:
         codes = self._here("codes", self.encode(x) if isinstance(x, Tensor) else x)[: self.priors[-1].levels.stop]
         n = len(codes[0]) if codes else 0
         given = self._given_labels(label, n)
+        for prior in self.priors:
+            self._check_label(prior, given is not None)
         return nats(self.priors, codes, None if given is None else given.to(self.device), self.micro_batch)
 
     def bits_per_image(self, x: Tensor | Sequence[Tensor], label: Label | None = None) -> Tensor:
@@ -126,6 +128,10 @@ class PipelineParts:
             found = "a Tensor" if isinstance(maps, Tensor) else f"a {type(maps).__name__} of {', '.join(sorted(set(kinds)))}"
             raise ValueError(f"{name}: {found}; expected one torch tensor for each level, in a list")
         return [each.to(self.device) for each in maps]
+
+    def _check_label(self, prior: Prior, labelled: bool) -> None:
+        if prior.conditional and not labelled and not prior.has_null:
+            raise ValueError(f"label: none; {describe(prior)} was trained with labels always present (cond_dropout 0) and needs one")
 
     def _given_labels(self, label: Label | None, n: int) -> Tensor | None:
         """(n,) int64 on the CPU; None for None. Raises ValueError where no prior takes labels."""

@@ -61,7 +61,9 @@ def read_row(folder: str) -> Row:
         basis = {
             "features": figures["features"]["name"],
             "n": str(counts["samples"]),
-            "reference": f"{counts['reference']} {tree['reference']}",
+            "reference": f"{counts['reference']} {tree['reference']} {tree['data']['splits'][tree['reference']]['sha256'][:8]}",
+            "classes": "balanced" if tree["balanced"] else "as they come",
+            "k": str(figures["precision_recall"]["k"]),
             "split": tree["split"],
             "data": f"{tree['data'].get('name') or tree['data']['type']} {tree['data']['splits'][tree['split']]['sha256'][:8]}",
         }

@@ -92,7 +92,7 @@ def turns(text: str, classes: tuple[str, ...]) -> list[int] | None:
 
 def _holds_files(folder: Path) -> bool:
     """Any but what a writer left that was killed before its plan was there."""
-    return any(not path.name.startswith(".tmp-") for path in folder.iterdir())
+    return any(not path.name.startswith((".tmp-", ".lock")) for path in folder.iterdir())
 
 
 def checked_out(out: str) -> Path:

@@ -20,6 +20,7 @@ from torch import Tensor
 from intarsia.cli import UserError
 from intarsia.distributed import Comm, comm
 from intarsia.files import atomic, json_bytes, read_json, write_atomic
+from intarsia.lock import RunLock
 from intarsia.together import on_main
 from pipelines.options import plain_options, route_options
 from pipelines.outputs import to_pil, to_uint8
@@ -105,14 +106,28 @@ def write_set(pipeline: TwoStagePipeline, folder: Path, plan: SetPlan, comm: Com
     """Writes the samples that are missing; every process calls it. Returns the seed.
 
     Raises:
-        UserError: ``folder`` holds samples of another plan. DiskFullError: what is there stays, and the same call goes on.
+        UserError: ``folder`` holds samples of another plan, or another command writes there. DiskFullError: what is there stays,
+            and the same call goes on.
     """
     tree = plan.tree(pipeline)
+    lock: RunLock | None = None
+    try:
+        with on_main(f"out: {folder}", comm, pipeline.device):
+            if comm.rank == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = RunLock(folder, "out")
+        return _write_locked(pipeline, folder, plan, tree, comm)
+    finally:
+        if lock is not None:
+            lock.path.unlink(missing_ok=True)  # a set is its samples and what they are
+            lock.release()
+
+
+def _write_locked(pipeline: TwoStagePipeline, folder: Path, plan: SetPlan, tree: dict[str, Any], comm: Comm) -> int:
     agreed = torch.zeros((), dtype=torch.int64, device=pipeline.device)
     with on_main(f"out: {folder}", comm, pipeline.device):
         if comm.rank == 0:
             seed = agreed_seed(folder, plan, tree)
-            folder.mkdir(parents=True, exist_ok=True)
             for torn in folder.glob(".tmp-*"):
                 torn.unlink()
             if not (folder / PLAN).exists():
@@ -182,4 +197,4 @@ def arrays(
 def write_npz(path: Path, content: dict[str, np.ndarray]) -> None:
     """Whole or not at all; equal arrays make equal bytes."""
     with atomic(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, allow_pickle=False, **content)  # type: ignore[arg-type]
+        np.savez(file, **content)  # type: ignore[arg-type]

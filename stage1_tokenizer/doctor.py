@@ -17,13 +17,12 @@ from pydantic import Field
 
 from intarsia.cli import UserError, load_tree, parse, run_main
 from intarsia.config import Config, ConfigError, Place
-from intarsia.files import json_bytes, write_atomic
+from intarsia.files import finite_or_null, json_bytes, write_atomic
 from intarsia.hub_files import release_folder
 from intarsia.processes import start
 from stage1_tokenizer.checkup import Checkup, examine
 from stage1_tokenizer.data.base import SOURCES, SourceConfig
 from stage1_tokenizer.doctor_page import save_page
-from stage1_tokenizer.metrics import finite_or_null
 from stage1_tokenizer.objectives.base import OBJECTIVES, Objective, ObjectiveConfig
 from stage1_tokenizer.objectives.reconstruction import ReconstructionConfig
 from stage1_tokenizer.run_data import needed_data, with_run_data

@@ -195,7 +195,8 @@ def main(argv: list[str] | None = None) -> None:
     if flags.check or flags.dry_run:
         return
     parent = next(p for p in Path(config.out).absolute().parents if p.exists())
-    needed, free = space_needed(tokenizer, source, config.views), shutil.disk_usage(parent).free
+    there = sum(file.stat().st_size for file in Path(config.out).rglob("*.parquet"))
+    needed, free = space_needed(tokenizer, source, config.views) - there, shutil.disk_usage(parent).free
     if free < needed and not flags.allow_low_space:
         raise UserError(f"out: {config.out}: {needed} bytes are needed, {free} are free; --allow_low_space starts anyway")
     tokenizer = tokenizer.to(device)

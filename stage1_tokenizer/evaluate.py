@@ -19,7 +19,7 @@ from torch import Tensor
 from intarsia.cli import parse, run_main
 from intarsia.config import Config, ConfigError, Place
 from intarsia.distributed import Comm, comm
-from intarsia.files import json_bytes, write_atomic
+from intarsia.files import finite_or_null, json_bytes, write_atomic
 from intarsia.hub_files import release_folder
 from intarsia.order import share
 from intarsia.pictures import save_codebook, save_strips
@@ -28,7 +28,7 @@ from stage1_tokenizer.data.base import SOURCES, Source, SourceConfig, Split
 from stage1_tokenizer.data.near_duplicates import without_near_duplicates
 from stage1_tokenizer.levels import LevelMetrics, partners, prefix_rows, swapped_rows
 from stage1_tokenizer.levels import lines as level_lines
-from stage1_tokenizer.metrics import CodeMetrics, ReconstructionMetrics, finite_or_null, unit
+from stage1_tokenizer.metrics import CodeMetrics, ReconstructionMetrics, unit
 from stage1_tokenizer.run_data import needed_data, with_run_data
 from stage1_tokenizer.tokenizers.base import Tokenizer
 

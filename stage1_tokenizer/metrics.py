@@ -227,12 +227,3 @@ class CodeMetrics:
     def compute(self) -> list[CodeStatistics]:
         """One per level, coarse to fine."""
         return [code_statistics(total, level) for total, level in zip(self.counts, self.levels, strict=True)]
-
-
-def finite_or_null(tree: Any) -> Any:
-    """A plain tree for JSON, which has no infinity: numbers that are not finite become null."""
-    if isinstance(tree, dict):
-        return {key: finite_or_null(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [finite_or_null(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

@@ -19,7 +19,7 @@ from intarsia.cli import parse, run_main
 from intarsia.codes import CodesDataset, CodesError
 from intarsia.config import Config, ConfigError, Place
 from intarsia.distributed import Comm, comm
-from intarsia.files import json_bytes, write_atomic
+from intarsia.files import finite_or_null, json_bytes, write_atomic
 from intarsia.hub_files import check_source, release_folder
 from intarsia.padded import padded_batches
 from intarsia.processes import start
@@ -128,6 +128,13 @@ def table(tree: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def check_classes(prior: Prior, data: CodesDataset) -> None:
+    """Raises CodesError where the labels of ``data`` number other classes than those that the prior was trained with."""
+    if prior.conditional and data.label is not None and data.spec.classes != prior.spec.classes:
+        known, given = (", ".join(spec.classes) or "none" for spec in (prior.spec, data.spec))
+        raise CodesError(f"codes: the classes are {given}; the prior was trained with {known}")
+
+
 def out_file(config: EvaluateConfig) -> Path:
     """Where to write. Raises ConfigError where that is not said and ``prior`` is no run folder."""
     if config.out is not None:
@@ -146,6 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     device = start(config.device, config.timeout)
     prior = Prior.from_pretrained(release_folder(config.prior))
     data = CodesDataset(config.codes, config.split, prior.spec)
+    check_classes(prior, data)
     if flags.check or flags.dry_run:
         if comm.rank == 0:
             print(f"{prior.type_name} prior over {', '.join(level.name for level in prior.own)}: {len(data)} {config.split} samples")
@@ -153,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     tree = report(prior.to(device), data, config.split)
     if comm.rank == 0:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(out, json_bytes(tree))
+        write_atomic(out, json_bytes(finite_or_null(tree)))
         print(table(tree))
         print(f"{out} written", flush=True)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -47,7 +47,7 @@ def masked_places(numbers: Tensor, count: Tensor) -> Tensor:
     return ranks < count[..., None]
 
 
-@cache
+@lru_cache(maxsize=16)
 def remaining(schedule: str, steps: int, size: int) -> Tensor:
     """(steps + 1, size + 1) int64 on the CPU, not to be written to: how many of u unknown positions are still masked after t steps.
 

@@ -228,6 +228,15 @@ def test_an_incomplete_dump_of_something_else_is_replaced(tmp_path: Path, change
     assert contents(tmp_path / "codes") == contents(tmp_path / "whole")
 
 
+def test_an_interrupted_dump_of_many_classes_goes_on(tmp_path: Path) -> None:
+    names = tuple(f"{i:06d}" + "long" * 30 for i in range(10_000))  # more than a megabyte of plan
+    dump(tmp_path / "codes", stop_after=9, classes=names)
+    (first, *_) = sorted((tmp_path / "codes").glob("*/*.parquet"))
+    written = first.stat().st_mtime_ns
+    dump(tmp_path / "codes", classes=names)
+    assert first.stat().st_mtime_ns == written
+
+
 def test_a_complete_dump_is_left_as_it_is(tmp_path: Path) -> None:
     dump(tmp_path / "codes")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "codes").rglob("*")}

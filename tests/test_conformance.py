@@ -172,6 +172,17 @@ def test_an_error_of_the_class_is_an_outcome_and_what_stands_on_it_is_not_judged
     assert len(report.outcomes) == len(CHECKS)
 
 
+class CannotBegin(PlainVQ):
+    def initialize(self, z: torch.Tensor, rng: Any) -> None:
+        raise KeyError("codebook")
+
+
+def test_a_class_whose_initialize_fails_is_judged_so() -> None:
+    report = check(CannotBegin, traits=TRAITS)
+    assert len(report.outcomes) == len(CHECKS)
+    assert "KeyError: 'codebook'" in {outcome.note for outcome in report.outcomes if outcome.status == "failed"}
+
+
 def test_an_unknown_class_is_checked_for_what_the_interface_promises() -> None:
     report = check(PlainVQ)
     assert report.ok and {"loss_terms", "nearest", "moving_averages", "restart_raises_usage"} <= set(report.skipped), report

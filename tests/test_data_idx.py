@@ -67,6 +67,10 @@ def test_the_four_files_become_three_splits(folder: Path) -> None:
 def test_explicit_paths_need_no_folder_and_labels_are_optional(folder: Path) -> None:
     source = IdxSource(IdxConfig(train_images=str(folder / "train-images-idx3-ubyte"), train_labels="", test_images="", holdout=0))
     assert source.splits == ("train",) and source.classes == () and "label" not in source.split("train").batch(torch.tensor([0]))
+    gzipped = folder / "only.gz"
+    gzipped.write_bytes(gzip.compress((folder / "train-images-idx3-ubyte").read_bytes()))
+    again = IdxSource(IdxConfig(train_images=str(folder / "only"), train_labels="", test_images="", holdout=0))
+    assert len(again.split("train")) == len(source.split("train"))
 
 
 def test_without_names_classes_are_numbers(folder: Path) -> None:
@@ -156,13 +160,17 @@ def test_a_file_of_indices_is_read_as_text_or_npy(tmp_path: Path) -> None:
         (np.array([[1]]), r"shape \(1, 1\)"),
         (np.arange(5), "holds out all 5"),
         (np.array([{}], object), "pickle"),
+        (b"", "No data left in file"),
         ("3 x", "invalid literal"),
         ("", "whole numbers"),
     ],
 )
-def test_a_wrong_list_of_indices_is_refused(content: np.ndarray | str, words: str, tmp_path: Path) -> None:
+def test_a_wrong_list_of_indices_is_refused(content: np.ndarray | str | bytes, words: str, tmp_path: Path) -> None:
     path = tmp_path / ("list.txt" if isinstance(content, str) else "list.npy")
-    path.write_text(content) if isinstance(content, str) else np.save(path, content)
+    if isinstance(content, np.ndarray):
+        np.save(path, content)
+    else:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(ConfigError, match=rf"data\.holdout: .*{words}"):
         held_out(str(path), 5, False)
 

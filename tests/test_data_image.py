@@ -94,6 +94,18 @@ def test_exif_rotation_is_undone(turn: int, kind: str) -> None:
     assert decode(data, (6, 5)).shape == (3, 6, 5)
 
 
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_exif_rotation_is_undone_once_where_the_mode_changes_too(turn: int, kind: str) -> None:
+    grey = noise(channels=1)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    upright = decode(packed(Image.fromarray(grey), kind, exif=exif))
+    assert np.array_equal(decode(packed(Image.fromarray(grey), kind, exif=exif), channels=3), np.repeat(upright, 3, 0))
+    opaque = Image.fromarray(grey).convert("RGBA")
+    assert np.array_equal(decode(packed(opaque, kind, exif=exif)), np.repeat(upright, 3, 0))
+
+
 def test_resizing_is_pils_lanczos() -> None:
     image = Image.fromarray(noise(60, 90))
     oracle = np.asarray(image.resize((9, 6), Image.Resampling.LANCZOS))

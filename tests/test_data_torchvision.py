@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +15,11 @@ import torchvision.datasets
 from PIL import Image
 
 from intarsia.config import ConfigError
+from intarsia.distributed import comm
 from stage1_tokenizer.data.arrays import ArraySplit
 from stage1_tokenizer.data.base import DataError, SourceConfig
 from stage1_tokenizer.data.decoded import DecodedSplit
-from stage1_tokenizer.data.torchvision import TorchvisionConfig, TorchvisionSource
+from stage1_tokenizer.data.torchvision import TorchvisionConfig, TorchvisionSource, labels_of, open_sets
 from stage1_tokenizer.data.transform import TransformConfig
 
 
@@ -83,7 +87,9 @@ def test_a_class_with_a_split_argument_is_asked_for_the_usual_names(tmp_path: Pa
 
     monkeypatch.setattr(torchvision.datasets, "STL10", Toy)
     source = TorchvisionSource(TorchvisionConfig(name="STL10", root=str(tmp_path)))
-    assert [(n, len(source.split(n))) for n in source.splits] == [("train", 8), ("validation", 3), ("test", 2)]
+    assert [(n, len(source.split(n))) for n in source.splits] == [("train", 7), ("validation", 1), ("test", 2)]
+    held = torch.cat([source.split(n).origin for n in ("train", "validation")])
+    assert sorted(held.tolist()) == list(range(8)), "trainval holds the images of val: validation is taken from it"
     assert source.classes == ("0", "1")
     chosen = TorchvisionConfig(name="STL10", root=str(tmp_path), splits={"train": "test", "validation": "val"}, labels=False)
     source = TorchvisionSource(chosen)
@@ -126,3 +132,39 @@ def test_labels_must_be_one_number_each(tmp_path: Path, monkeypatch: pytest.Monk
         TorchvisionSource(TorchvisionConfig(name="FakeData", options={"size": 3}))
     source = TorchvisionSource(TorchvisionConfig(name="FakeData", options={"size": 3}, labels=False, holdout=0))
     assert "label" not in source.split("train").batch(torch.tensor([0]))
+
+
+def test_labels_that_are_rows_of_particulars_come_from_the_samples() -> None:
+    class Rows(torchvision.datasets.FakeData):
+        @property
+        def targets(self) -> torch.Tensor:
+            return torch.arange(8 * len(self)).view(-1, 8)
+
+    data = Rows(size=5, image_size=(1, 8, 8), num_classes=3)
+    assert labels_of(data, "QMNIST").tolist() == [data[i][1] for i in range(5)]
+
+
+def test_labels_that_are_no_numbers_are_refused_by_the_first_sample() -> None:
+    class Words(torchvision.datasets.FakeData):
+        def __getitem__(self, i: int) -> tuple[Image.Image, str]:
+            assert i == 0
+            return Image.new("L", (8, 8)), "cat"
+
+    with pytest.raises(DataError, match="words: its labels are no numbers; set labels to false"):
+        labels_of(Words(size=5), "words")
+
+
+def test_what_is_downloaded_is_fetched_by_one_rank_before_the_others_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: Callable[..., list[Any]]
+) -> None:
+    class Toy(torchvision.datasets.FakeData):
+        def __init__(self, root: str, download: bool = False) -> None:
+            super().__init__(size=4)
+            if not (path := tmp_path / "whole").exists():
+                assert comm.rank == 0
+                time.sleep(0.2)
+                path.touch()
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", Toy)
+    config = TorchvisionConfig(name="CIFAR100", root=str(tmp_path), download=True)
+    assert ranks(lambda rank: len(open_sets(config)["train"])) == [4, 4]

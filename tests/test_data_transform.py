@@ -137,6 +137,8 @@ def test_a_scaled_image_is_never_smaller_than_the_size() -> None:
         ({"size": True}, "size"),
         ({"size": 1 << 20}, "size"),
         ({"margin": -1}, "margin"),
+        ({"margin": 2}, "margin"),
+        ({"margin": 2, "size": 8, "resize": "exact"}, "margin"),
         ({"shift": -1}, "shift"),
         ({"channels": 2}, "channels"),
         ({"crop": "middle"}, "crop"),

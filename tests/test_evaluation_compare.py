@@ -119,6 +119,15 @@ def test_pipelines_that_do_not_compare_are_refused(pair: dict[str, TwoStagePipel
     plain = tiny.pipeline("gpt", labelled=False)
     with pytest.raises(ValueError, match="pipelines: some take labels and some do not"):
         compare({"one": pair["one"], "plain": plain}, Blobs(), feature_model(), CompareConfig(pipelines="a,b", **SMALL))
+    with pytest.raises(ConfigError, match="pipelines: 'reference' is what the real images are called"):
+        named("reference,one")
+
+
+def test_an_option_that_one_pipeline_lacks_is_refused_before_any_draw(pair: dict[str, TwoStagePipeline], monkeypatch: Any) -> None:
+    monkeypatch.setattr(script, "measure_samples", lambda *a, **k: pytest.fail("samples were drawn"))
+    config = CompareConfig(pipelines="two,one", sampling=SamplingConfig(steps=2), **SMALL)
+    with pytest.raises(ValueError, match="steps: no prior of this pipeline has such a sampling option"):
+        compare({"two": pair["two"], "one": pair["one"]}, Blobs(), feature_model(), config)
 
 
 # Balance ---------------------------------------------------------------------------------------------------------------
@@ -226,7 +235,8 @@ def test_a_table_has_a_row_per_pipeline_and_marks_bounds(evaluations: Path, caps
     assert second["bits per image"] == f"<= {bits:.1f} (bound)" and float(first["bits per image"]) > 0
     assert first["s per 1,000 samples"] == "" and second["s per 1,000 samples"] == "50 (cpu, 1)"
     assert second["recall"] == f"{tree['samples']['precision_recall']['samples']['recall']['value']:.3f}"
-    assert "features: tiny 0000; n: 60; reference: 60 train; split: validation" in note
+    train = tree["data"]["splits"]["train"]["sha256"][:8]
+    assert f"features: tiny 0000; n: 60; reference: 60 train {train}; classes: balanced; k: 3; split: validation" in note
 
 
 def test_the_printed_figures_of_one_pipeline_mark_bounds(evaluations: Path) -> None:
@@ -245,6 +255,10 @@ def test_figures_that_do_not_compare_are_refused_or_named(evaluations: Path, tmp
     rows = [read_row(str(evaluations / "one")), read_row(str(tmp_path))]
     with pytest.raises(UserError, match="has features 'other 1111', .* 'tiny 0000': the figures do not compare; --mixed true"):
         markdown(rows)
+    tree["samples"]["features"]["name"], tree["samples"]["precision_recall"]["k"] = "tiny 0000", 7
+    (tmp_path / "evaluation.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match="has k '7', .* '3': the figures do not compare"):
+        markdown([rows[0], read_row(str(tmp_path))])
     text = markdown(rows, mixed=True)
     assert "| other 1111 |" in text and "features: " not in text.splitlines()[-1]
     with pytest.raises(UserError, match="nowhere/evaluation.json: there is no such file"):

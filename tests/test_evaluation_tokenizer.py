@@ -9,13 +9,14 @@ import torch
 from PIL import Image
 
 from intarsia.config import ConfigError
+from intarsia.files import finite_or_null
 from intarsia.specs import SignalSpec
 from stage1_tokenizer.data.arrays import ArraySplit
 from stage1_tokenizer.data.base import Source
 from stage1_tokenizer.data.bundled import BundledConfig
 from stage1_tokenizer.data.transform import TransformConfig
 from stage1_tokenizer.evaluate import EvaluateConfig, decoded_codes, evaluate, main, out_folder, report, table
-from stage1_tokenizer.metrics import finite_or_null, psnr, unit
+from stage1_tokenizer.metrics import psnr, unit
 from tests import tiny_pipelines as tiny
 
 

@@ -69,6 +69,14 @@ def test_what_cannot_be_judged_or_completed_is_refused() -> None:
         measure_completions(one, other, source, few)
 
 
+def test_a_judge_of_other_levels_is_refused(ladders: None) -> None:
+    both = tiny.pipeline("parallel", micro_batch=16)
+    top = tiny.TwoStagePipeline(both.tokenizer, [both.priors[0]])
+    for pipeline, judge, said in ((both, top, "model 1 level.s. of codes; those of the pipeline 2"), (top, both, "model 2 level.s.")):
+        with pytest.raises(ValueError, match=f"^judge: its priors {said}"):
+            measure_completions(pipeline, judge, Blobs(), JudgeConfig(part="right", n=4, bootstrap=2))
+
+
 def test_the_command_writes_figures_and_a_picture(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     for kind in ("maskgit", "pixelcnn"):
         tiny.pipeline(kind, micro_batch=16).save_pretrained(tmp_path / kind)

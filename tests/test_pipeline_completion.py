@@ -187,6 +187,16 @@ def test_variations_keep_the_levels_above_and_redraw_the_others(pipelines: dict[
     assert joint.variations(x, "bottom", label=0, seed=0).shape == (6, 1, 8, 8)
 
 
+def test_a_prior_whose_level_stays_whole_needs_no_label(ladders: None) -> None:
+    whole = tiny.pipeline("parallel")
+    spec = whole.priors[0].spec
+    mixed = TwoStagePipeline(whole.tokenizer, [tiny.prior("gpt", spec, "0:1", cond_dropout=0.0), whole.priors[1]])
+    assert mixed.variations(images(2), "bottom", seed=0).shape == (2, 1, 8, 8)
+    for call in (lambda: mixed.variations(images(2), "top", seed=0), lambda: mixed.nll(images(2))):
+        with pytest.raises(ValueError, match=r"^label: none; the gpt prior of top was trained with labels always present"):
+            call()
+
+
 # Labels ----------------------------------------------------------------------------------------------------------------
 def test_without_a_label_the_learned_null_is_asked_and_one_label_may_stand_for_each_signal(pipelines: dict[str, TwoStagePipeline]) -> None:
     pipeline, x, mask = pipelines["maskgit"], images(6), spots(6)

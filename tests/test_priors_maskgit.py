@@ -396,6 +396,14 @@ def test_where_all_is_known_nothing_is_computed(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(out, codes[0]) and seen["heads"] == []
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_rows_that_pad_a_micro_batch_add_no_steps(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    seen, keep = count_positions(monkeypatch), torch.ones(rows, 3, 3, dtype=torch.bool)
+    keep[:, 1, 1] = False
+    build(PLAIN).sample(torch.arange(rows), known=(PLAIN.codes(rows), [keep]), micro_batch=8)
+    assert len(seen["heads"]) == 1, "one open position wants one step"
+
+
 # What is computed --------------------------------------------------------------------------------------------------
 def count_positions(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     """How many positions each call of a head predicts, and how many rows each call of the trunk has, from now on."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from intarsia.cli import RunError, UserError
+from intarsia.lock import RunLock
 from pipelines import TwoStagePipeline, sample_set
 from pipelines.outputs import to_uint8
 from pipelines.sample_set import SetPlan, write_set
@@ -92,6 +93,14 @@ def test_an_interrupted_set_goes_on_where_it_was(pipeline: TwoStagePipeline, tmp
     drawn.clear()
     write_set(pipeline, tmp_path / "set", plan("png"))
     assert not drawn and contents(tmp_path / "set") == contents(tmp_path / "whole")
+
+
+def test_a_second_command_on_a_folder_that_is_being_written_is_refused(pipeline: TwoStagePipeline, tmp_path: Path) -> None:
+    lock = RunLock(tmp_path, "out")
+    with pytest.raises(UserError, match=f"^out: {tmp_path} is in use by this process"):
+        write_set(pipeline, tmp_path, plan("png", n=1))
+    lock.release()
+    assert write_set(pipeline, tmp_path, plan("png", n=1)) == 4
 
 
 def test_without_a_seed_the_same_call_goes_on_with_that_of_the_plan(pipeline: TwoStagePipeline, tmp_path: Path, monkeypatch: Any) -> None:

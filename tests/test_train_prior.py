@@ -161,6 +161,13 @@ def test_init_starts_from_a_release_and_refuses_one_that_does_not_fit(codes: Pat
         train.train(config(tmp_path / "fourth", other, init=str(tmp_path / "first")), Flags())
 
 
+def test_codes_whose_labels_number_other_classes_are_not_predicted(codes: Path, tmp_path: Path) -> None:
+    train.train(config(tmp_path / "run", codes, steps=2), Flags())
+    renamed = write(tmp_path / "renamed", classes=("odd", "even"))
+    with pytest.raises(CodesError, match=r"codes: the classes are odd, even; the prior was trained with even, odd"):
+        evaluate.main(["--prior", str(tmp_path / "run"), "--codes", str(renamed), "--device", "cpu"])
+
+
 def test_a_run_goes_on_with_its_own_codes_alone(codes: Path, tmp_path: Path) -> None:
     train.train(config(tmp_path / "run", codes), Flags(max_steps=2))
     moved = shutil.copytree(codes, tmp_path / "moved")

@@ -205,6 +205,18 @@ def test_a_run_goes_on_with_its_own_data_alone(tmp_path, monkeypatch):
     assert Left.of(tmp_path).step == 6 and json.loads((tmp_path / "data.json").read_text()) == begun
 
 
+def test_a_run_that_left_nothing_begins_on_any_data(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("stage1_tokenizer.train.start", lambda *a: pytest.fail("stopped before the first step"))
+        with pytest.raises(pytest.fail.Exception):
+            run_training(tiny(tmp_path, steps=2))
+        assert json.loads((tmp_path / "data.json").read_text())["train"]["count"] == 50
+    real = Toy.split
+    monkeypatch.setattr(Toy, "split", lambda self, name: real(self, name).select(torch.arange(40)) if name == "train" else real(self, name))
+    run_training(tiny(tmp_path, steps=2))
+    assert json.loads((tmp_path / "data.json").read_text())["train"]["count"] == 40
+
+
 def test_a_fine_tuned_run_resumes_without_its_release(tmp_path, trained):
     copy = tmp_path / "copy"
     copy.mkdir()

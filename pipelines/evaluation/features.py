@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from intarsia.config import Config
 from intarsia.hub import Pretrained
 from intarsia.hub_files import model_card
-from intarsia.inference import exact_convolutions
+from intarsia.inference import exact_arithmetic
 from intarsia.padded import run_padded
 from intarsia.registry import Registry
 from intarsia.specs import SignalSpec, to_plain
@@ -162,7 +162,7 @@ class FeatureModel:
             features = self.classifier.features(part * 2 - 1)
             return [features, self.classifier.logits(features).argmax(1)]
 
-        with exact_convolutions(device.type):
+        with exact_arithmetic(device.type):
             features, predicted = run_padded(run, [x], MICRO_BATCH)
         return features, predicted
 

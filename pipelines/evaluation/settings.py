@@ -24,6 +24,9 @@ from stage1_tokenizer.data.bundled import BundledConfig
 SplitName = Literal["train", "validation", "test"]
 
 
+REFERENCE = "reference"  # what the set of real images is called among those of samples
+
+
 class MeasureConfig(Config):
     """How samples are drawn and what they are compared with."""
 
@@ -119,7 +122,7 @@ def choose_reference(source: Source, config: MeasureConfig, labelled: bool) -> R
 
 def measure_reference(source: Source, config: MeasureConfig, chosen: Reference, model: FeatureModel) -> ImageSet:
     """The features of the reference images."""
-    return measure("reference", real_batches(source.split(config.reference), chosen.rows), model, balanced=chosen.balanced)
+    return measure(REFERENCE, real_batches(source.split(config.reference), chosen.rows), model, balanced=chosen.balanced)
 
 
 def measure_samples(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from intarsia.specs import SignalSpec
 from stage1_tokenizer.data.base import DataError, Split, caption_bytes, check_captions
-from stage1_tokenizer.data.image import ImageError, decode
+from stage1_tokenizer.data.image import ImageError, decode, read_header
 from stage1_tokenizer.data.pool import Pool
 from stage1_tokenizer.data.transform import TransformConfig, take, to_signal, windows
 
@@ -112,12 +112,13 @@ class DecodedSplit(Split):
         """(C, h, w) uint8 of image ``i``, resized, not yet cropped. Raises DataError naming it."""
         height, width = self.scaled[i].tolist()
         try:
-            array = decode(self.items.open(i), (height, width), self.channels)
+            data = self.items.open(i)
+            header = read_header(data)
+            if [header.height, header.width] != self.sizes[i].tolist():
+                raise DataError(f"{self.items.name(i)}: it changed since it was first read")
+            return decode(data, (height, width), self.channels)
         except ImageError as error:
             raise DataError(f"{self.items.name(i)}: {error}") from error
-        if array.shape[1:] != (height, width):
-            raise DataError(f"{self.items.name(i)}: it changed since it was first read")
-        return array
 
     def hold(self) -> None:
         """Decodes every image, once; batches then come from memory."""

@@ -72,7 +72,7 @@ def read_indices(name: str, n: int) -> Tensor:
         raise ConfigError([f"data.holdout: {name!r} is neither a file nor one of the shipped {', '.join(shipped_lists())}"])
     try:
         array = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.array(path.read_text().split(), dtype=np.int64)
-    except (ValueError, OSError, UnicodeDecodeError) as error:
+    except (ValueError, OSError, EOFError) as error:
         raise ConfigError([f"data.holdout: {name!r}: {str(error).splitlines()[0]}"]) from None
     if array.ndim != 1 or array.dtype.kind not in "iu" or len(array) == 0:
         raise ConfigError([f"data.holdout: {name!r} holds {array.dtype} of shape {array.shape}; expected a list of whole numbers"])

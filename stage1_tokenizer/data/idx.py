@@ -46,7 +46,7 @@ class IdxSource(Source):
 
     def __init__(self, config: IdxConfig) -> None:
         super().__init__(config)
-        if not config.root and not Path(config.train_images).is_file():
+        if not config.root and not any(Path(config.train_images + end).is_file() for end in ("", ".gz")):
             raise ConfigError(["data.root: the folder of the idx files is needed"])
         splits = {"train": self._read("train_images", "train_labels")}
         if config.test_images:

@@ -139,8 +139,9 @@ def decode(data: str | bytes | Image, scaled: tuple[int, int] | None = None, cha
             h, w = (scaled[1], scaled[0]) if turn >= 5 else scaled
             image.draft(None, (2 * w, 2 * h))  # decodes fewer DCT coefficients where at least twice the size is left
         image.load()
+        turned = image.format == "TIFF"  # PIL has turned it in load
         image = _flat(image, "L" if (channels or header.channels) == 1 else "RGB")
-        if turn > 1 and image.format != "TIFF":  # which PIL turns itself in load
+        if turn > 1 and not turned:
             image = image.transpose(_TURNS[turn])
         if scaled is not None and image.size != (scaled[1], scaled[0]):
             image = image.resize((scaled[1], scaled[0]), PIL.Image.Resampling.LANCZOS)

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from intarsia.config import ConfigError, Place
+from intarsia.distributed import comm
 from stage1_tokenizer.data.arrays import ArraySplit
 from stage1_tokenizer.data.base import SOURCES, DataError
 from stage1_tokenizer.data.decoded import Items
@@ -94,7 +95,20 @@ def find_class(name: str) -> type[Any]:
 
 
 def open_sets(config: TorchvisionConfig) -> dict[str, Any]:
-    """Split -> data set, under our names. Raises ConfigError and DataError."""
+    """Split -> data set, under our names. Raises ConfigError and DataError.
+
+    What is to be downloaded is fetched by rank 0, before the others look.
+    """
+    if not config.download or comm.world_size == 1:
+        return _open_sets(config)
+    try:
+        found = _open_sets(config) if comm.rank == 0 else {}
+    finally:
+        comm.barrier()
+    return found or _open_sets(config)
+
+
+def _open_sets(config: TorchvisionConfig) -> dict[str, Any]:
     cls = find_class(config.name)
     known = {p for base in cls.__mro__ if base is not object for p in inspect.signature(base).parameters}
     fixed: dict[str, Any] = dict(config.options)
@@ -120,7 +134,8 @@ def open_sets(config: TorchvisionConfig) -> dict[str, Any]:
 
 def _usual_splits(default: Any) -> dict[str, str]:
     train = default if isinstance(default, str) and default.startswith("train") else "train"
-    return {"train": train, **{f"validation{i}": name for i, name in enumerate(_VALIDATION)}, "test": "test"}
+    held_out = () if train == "trainval" else _VALIDATION  # which holds the validation images already
+    return {"train": train, **{f"validation{i}": name for i, name in enumerate(held_out)}, "test": "test"}
 
 
 def _by_split(
@@ -168,11 +183,13 @@ def labels_of(data: Any, where: str) -> Tensor:
     """(N,) int64, from the data set's attributes, or else from its samples. Raises DataError."""
     for attribute in ("targets", "labels", "_labels"):
         held = getattr(data, attribute, None)
-        if held is not None and len(held) == len(data):
+        if held is not None and len(held) == len(data) and getattr(held, "ndim", 1) == 1:  # QMNIST's are rows of particulars
             found = held
             break
     else:
-        found = [data[i][1] for i in range(len(data))]
+        first = data[0][1] if len(data) else 0
+        number = isinstance(first, Tensor | np.generic | int) and torch.as_tensor(first).ndim == 0
+        found = [data[i][1] for i in range(len(data))] if number else [first]  # one is enough to say what is wrong
     try:
         labels = torch.as_tensor(found)
     except (TypeError, ValueError) as error:

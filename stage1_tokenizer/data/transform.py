@@ -54,6 +54,8 @@ class TransformConfig(Config):
     def model_post_init(self, context: Any) -> None:
         if self.crop == "random" and (self.size is None or self.resize == "exact"):
             raise ValueError(f"crop: random, but size {self.size} with resize {self.resize!r} leaves nothing to crop away")
+        if self.margin and (self.size is None or self.resize != "shorter"):
+            raise ValueError(f"margin: {self.margin} with size {self.size} and resize {self.resize!r}; 'shorter' to a size has one")
 
     @property
     def augments(self) -> bool:

@@ -65,6 +65,8 @@ class Residual(Composite):
     those of the later ones are what a throw-away codebook per stage leaves.
     """
 
+    depth_ends: Tensor | None
+
     def __init__(self, config: ResidualConfig) -> None:
         super().__init__(config.inner, config.stages, config.shared)
         self.config = config
@@ -73,6 +75,8 @@ class Residual(Composite):
         self.straight_through, self.soft = first.straight_through, first.soft
         self.scales = [first.shrink**i for i in range(config.stages)]
         self.shrink = first.shrink**config.stages
+        ends = None if config.depth_weights is None else torch.tensor(config.depth_weights, dtype=torch.float64).cumsum(0)
+        self.register_buffer("depth_ends", ends, persistent=False)
 
     def extra_repr(self) -> str:
         return f"stages={self.config.stages}, shared={self.config.shared}, dropout={self.config.dropout}"
@@ -107,10 +111,10 @@ class Residual(Composite):
     def depth(self, rng: StepRng, dtype: torch.dtype = torch.float64) -> Tensor:
         """(B,) int64: the stages that count for each sample in this step."""
         draw = rng.uniform("residual/dropout", 2, dtype=dtype)
-        if self.config.depth_weights is None:
+        if self.depth_ends is None:
             drawn = (draw[:, 1] * self.count).long() + 1
         else:
-            ends = torch.tensor(self.config.depth_weights, dtype=draw.dtype, device=draw.device).cumsum(0)
+            ends = self.depth_ends.to(draw)
             drawn = torch.searchsorted(ends, draw[:, 1] * ends[-1], right=True).clamp(max=self.count - 1) + 1
         return torch.where(draw[:, 0] < self.config.dropout, drawn, self.count)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from intarsia.inference import whole_float32
 from intarsia.rng import StepRng, permutation
 
 _TILE_FLOATS = {"cpu": 1 << 18}  # 1 MB of scores at once stays in a core's cache; elsewhere 256 MB
@@ -21,8 +23,9 @@ _PACK_ROWS = 64  # laying the codebook out pays from about this many rows on
 def nearest(rows: Tensor, codebook: Tensor, cost: Tensor | None = None) -> Tensor:
     """argmin_k |z - e_k|^2 + cost_k = argmax_k (z . e_k - (|e_k|^2 + cost_k) / 2) for each row; the first of equals.
 
-    Computed in the dtype given, without TF32 or bf16. Memory: a tile of scores and the result. On a CPU the codebook is taken in
-    chunks, each against all rows, as what a core's cache cannot hold would be read from memory for every tile.
+    Computed in the dtype given, without TF32 or bf16, whatever the program around has set. Memory: a tile of scores and the
+    result. On a CPU the codebook is taken in chunks, each against all rows, as what a core's cache cannot hold would be read from
+    memory for every tile.
 
     Args:
         rows: (N, D) float32 or float64.
@@ -32,6 +35,11 @@ def nearest(rows: Tensor, codebook: Tensor, cost: Tensor | None = None) -> Tenso
     Returns:
         (N,) int64 in [0, K), for rows that are not finite too.
     """
+    with nullcontext() if torch.compiler.is_compiling() else whole_float32():
+        return _nearest(rows, codebook, cost)
+
+
+def _nearest(rows: Tensor, codebook: Tensor, cost: Tensor | None) -> Tensor:
     k = codebook.shape[0]
     bias = codebook.square().sum(1)
     bias = (bias if cost is None else bias + cost).mul(-0.5)

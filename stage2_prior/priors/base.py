@@ -172,11 +172,12 @@ class Prior(Pretrained, nn.Module):
         label = self._label(cond, n)
         chosen = self.check_options(options, cond)
         kept, keep = ([], []) if known is None else self._check_known(known, n)
-        rows = [ids, torch.zeros_like(ids) if label is None else label, *upper, *kept, *keep]
+        rows = [ids, torch.zeros_like(ids) if label is None else label, *upper, *kept, *(~k for k in keep)]
         split = (2, 2 + len(upper), 2 + len(upper) + len(kept))
 
         def run(*rows: Tensor) -> list[Tensor]:
-            given = (rows[split[1] : split[2]], rows[split[2] :]) if known is not None else None
+            keep = [~open_ for open_ in rows[split[2] :]]  # of rows that pad the batch everything: their zeros say that nothing is open
+            given = (rows[split[1] : split[2]], keep) if known is not None else None
             return self._sample(rows[0], rows[2 : split[1]], rows[1] if self.conditional else None, seed, given, chosen)
 
         with inference(self):

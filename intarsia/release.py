@@ -1,4 +1,4 @@
-"""A folder that is replaced as a whole: readers see the old one or the new one."""
+"""A folder that is replaced as a whole: readers see the old one or the new one, or, between two renames, none; never a mixture."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ class Predictor:
         """The logits of the level after those that are drawn.
 
         Args:
-            keep: (n, N) bool, the positions that are known: a sample with fewer others than steps has fewer steps.
             shared: whether the first step sees nothing but masks and the label, so that one look at each label is enough.
+            keep: (n, N) bool, the positions that are known: a sample with fewer others than steps has fewer steps.
         """
         level, n = len(drawn), self.n
         size, table, head = self.prior.layout.sizes[level], self.prior.tables[level], self.heads[level]

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,6 +81,7 @@ def pick_device(config: RunConfig) -> torch.device:
     return torch.device("cuda" if cuda else "cpu")
 
 
+@cache
 def cpu_computes_bf16() -> bool:
     """True for processors with AVX512_BF16 or AMX; elsewhere bf16 is slower than float32."""
     try:

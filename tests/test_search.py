@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from intarsia.machine import cpu_computes_bf16
 from intarsia.rng import StepRng
-from stage1_tokenizer.quantizers import search
+from stage1_tokenizer.quantizers import search, shortlist
 from stage1_tokenizer.quantizers.search import kmeans, nearest
 from stage1_tokenizer.quantizers.vq import VQ, VQConfig
 
@@ -59,6 +60,79 @@ def test_costs_are_weighed_against_distances_and_an_infinite_one_is_never_paid(p
     codes = nearest(rows, codebook, cost)
     assert codes.max() < k // 2
     assert torch.all(total.gather(1, codes[:, None])[:, 0] <= total.amin(1) + 1e-5)
+
+
+short = pytest.mark.skipif(not cpu_computes_bf16(), reason="a shortlist wants a processor with AVX512_BF16 or AMX")
+
+
+def searched(rows: Tensor, codebook: Tensor, cost: Tensor | None = None) -> tuple[Tensor, int]:
+    """By a shortlist, and how many rows it does not tell."""
+    rest = [0]
+
+    def count(some: Tensor) -> Tensor:
+        rest[0] = len(some)
+        return search._nearest(some, codebook, cost)
+
+    return shortlist.shortlisted(rows, codebook, cost, count), rest[0]
+
+
+@short
+@pytest.mark.parametrize("spread", [0.01, 1.0])
+@pytest.mark.parametrize("offset", [0.0, 5.0])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e3])
+@pytest.mark.parametrize(("k", "dim"), [(1024, 32), (1000, 64), (4099, 100), (2048, 256)])
+def test_a_shortlist_holds_the_brute_force_minimum(k: int, dim: int, scale: float, offset: float, spread: float) -> None:
+    """Rows beside their codes, as in a trained tokenizer, and anywhere; around 0 and far from it; with costs, some infinite."""
+    codebook = torch.randn(k, dim)
+    rows = codebook[torch.randint(k, (700,))] + spread * torch.randn(700, dim)
+    rows, codebook = ((t + offset) * scale for t in (rows, codebook))
+    cost = torch.rand(k) * scale**2 * dim
+    cost[k // 2 :] = float("inf")
+    for price in (None, cost):
+        total = torch.cdist(rows.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+        total = total if price is None else total + price
+        codes, rest = searched(rows, codebook, price)
+        slack = 1e-6 * (total.amin(1) + (scale * (1 + offset)) ** 2 * dim)
+        assert torch.all(total.gather(1, codes[:, None])[:, 0] <= total.amin(1) + slack)
+        assert rest < 700, "else nothing was found by it"
+
+
+@short
+def test_a_shortlist_without_its_bound_would_miss(monkeypatch) -> None:
+    rows, codebook = torch.randn(4096, 64), torch.randn(4096, 64)
+    exact = search._nearest(rows, codebook, None)
+    assert torch.equal(searched(rows, codebook)[0], exact)
+    real = shortlist._best
+    monkeypatch.setattr(shortlist, "_UNIT", 0.0)
+    monkeypatch.setattr(shortlist, "_best", lambda scores, z, bound, *rest: real(scores, z, torch.zeros_like(bound), *rest))
+    assert not torch.equal(searched(rows, codebook)[0], exact)
+
+
+@short
+def test_rows_that_a_shortlist_does_not_tell_are_searched_in_float32() -> None:
+    codebook = torch.randn(2048, 64)
+    rows = torch.randn(600, 64)
+    rows[0], rows[1], rows[2], rows[3] = float("nan"), float("inf"), codebook.mean(0), 1e30
+    assert torch.equal(searched(rows, codebook)[0], search._nearest(rows, codebook, None)) and 3 <= searched(rows, codebook)[1] < 100
+    crowd = codebook.clone()
+    crowd[:1000] = 3 * codebook[0] + 1e-4 * codebook[:1000]  # a thousand codes in one place
+    rows[4:] = 3 * codebook[0]
+    assert searched(rows, crowd)[1] == 600
+    for alike in (torch.zeros(2048, 64), torch.ones(2048, 64), codebook * 1e-25):
+        assert torch.equal(searched(rows, alike)[0], search._nearest(rows, alike, None))
+    twice = torch.cat([codebook, codebook])
+    assert searched(torch.randn(600, 64), twice)[0].max() < 2048, "of equals, the first"
+
+
+@short
+def test_large_searches_take_the_shortlist_and_small_ones_do_not(monkeypatch) -> None:
+    calls: list[tuple[int, ...]] = []
+    real = search.shortlisted
+    monkeypatch.setattr(search, "shortlisted", lambda rows, codebook, *rest: calls.append(rows.shape) or real(rows, codebook, *rest))
+    for n, k, dim in ((512, 4096, 32), (511, 4096, 32), (512, 512, 512), (512, 16384, 8)):
+        nearest(torch.randn(n, dim), torch.randn(k, dim))
+    nearest(torch.randn(512, 64, dtype=torch.float64), torch.randn(1024, 64, dtype=torch.float64))
+    assert calls == [(512, 32)]
 
 
 @pytest.mark.parametrize("n", [32, 2000])

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from intarsia.inference import whole_float32
+from intarsia.machine import cpu_computes_bf16
 from intarsia.rng import StepRng, permutation
+from stage1_tokenizer.quantizers.shortlist import pays, shortlisted
 
 _TILE_FLOATS = {"cpu": 1 << 18}  # 1 MB of scores at once stays in a core's cache; elsewhere 256 MB
 _CHUNK_FLOATS = 1 << 18  # likewise of codes, which every tile reads anew
@@ -23,9 +25,9 @@ _PACK_ROWS = 64  # laying the codebook out pays from about this many rows on
 def nearest(rows: Tensor, codebook: Tensor, cost: Tensor | None = None) -> Tensor:
     """argmin_k |z - e_k|^2 + cost_k = argmax_k (z . e_k - (|e_k|^2 + cost_k) / 2) for each row; the first of equals.
 
-    Computed in the dtype given, without TF32 or bf16, whatever the program around has set. Memory: a tile of scores and the
-    result. On a CPU the codebook is taken in chunks, each against all rows, as what a core's cache cannot hold would be read from
-    memory for every tile.
+    Decided in the dtype given, without TF32 or bf16, whatever the program around has set (``shortlist`` leaves out what cannot be
+    the best). Memory: a tile of scores and the result. On a CPU the codebook is taken in chunks, each against all rows, as what a
+    core's cache cannot hold would be read from memory for every tile.
 
     Args:
         rows: (N, D) float32 or float64.
@@ -36,6 +38,8 @@ def nearest(rows: Tensor, codebook: Tensor, cost: Tensor | None = None) -> Tenso
         (N,) int64 in [0, K), for rows that are not finite too.
     """
     with nullcontext() if torch.compiler.is_compiling() else whole_float32():
+        if rows.dtype == torch.float32 and _packable(codebook) and pays(len(rows), *codebook.shape) and cpu_computes_bf16():
+            return shortlisted(rows, codebook, cost, lambda rest: _nearest(rest, codebook, cost))
         return _nearest(rows, codebook, cost)
 
 
@@ -83,8 +87,7 @@ def scorer(codebook: Tensor, bias: Tensor, n: int) -> Callable[[Tensor], Tensor]
     On a CPU the codebook is laid out once for oneDNN's kernels, where torch has them: a half to a third of the time. Elsewhere
     the result lies in one buffer, which the next call overwrites.
     """
-    plain = type(codebook.detach()) is Tensor and not torch.compiler.is_compiling()  # traced tensors know no packed layout
-    if plain and n >= _PACK_ROWS and codebook.device.type == "cpu" and codebook.dtype == torch.float32 and _packs():
+    if n >= _PACK_ROWS and _packable(codebook):
         laid_out = torch.ops.mkldnn._reorder_linear_weight(codebook, None)
         return lambda rows: torch.ops.mkldnn._linear_pointwise(rows, laid_out, bias, "none", [], "")
     columns = codebook.t()
@@ -96,6 +99,11 @@ def scorer(codebook: Tensor, bias: Tensor, n: int) -> Callable[[Tensor], Tensor]
         return torch.addmm(bias, rows, columns, out=buffer[0][: rows.shape[0]])
 
     return product
+
+
+def _packable(codebook: Tensor) -> bool:
+    plain = type(codebook.detach()) is Tensor and not torch.compiler.is_compiling()  # traced tensors know no packed layout
+    return plain and codebook.device.type == "cpu" and codebook.dtype == torch.float32 and _packs()
 
 
 @cache

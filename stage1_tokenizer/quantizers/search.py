@@ -38,7 +38,7 @@ def nearest(rows: Tensor, codebook: Tensor, cost: Tensor | None = None) -> Tenso
         (N,) int64 in [0, K), for rows that are not finite too.
     """
     with nullcontext() if torch.compiler.is_compiling() else whole_float32():
-        if rows.dtype == torch.float32 and _packable(codebook) and pays(len(rows), *codebook.shape) and cpu_computes_bf16():
+        if rows.dtype == torch.float32 and _packable(codebook) and pays(len(rows), *codebook.shape) and _shortens():
             return shortlisted(rows, codebook, cost, lambda rest: _nearest(rest, codebook, cost))
         return _nearest(rows, codebook, cost)
 
@@ -104,6 +104,12 @@ def scorer(codebook: Tensor, bias: Tensor, n: int) -> Callable[[Tensor], Tensor]
 def _packable(codebook: Tensor) -> bool:
     plain = type(codebook.detach()) is Tensor and not torch.compiler.is_compiling()  # traced tensors know no packed layout
     return plain and codebook.device.type == "cpu" and codebook.dtype == torch.float32 and _packs()
+
+
+@cache
+def _shortens() -> bool:
+    """Whether the processor, and oneDNN as it is set, multiply bfloat16 faster than float32."""
+    return cpu_computes_bf16() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @cache

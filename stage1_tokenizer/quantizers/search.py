@@ -14,11 +14,10 @@ from torch import Tensor
 from intarsia.inference import whole_float32
 from intarsia.machine import cpu_computes_bf16
 from intarsia.rng import StepRng, permutation
-from stage1_tokenizer.quantizers.shortlist import pays, shortlisted
+from stage1_tokenizer.quantizers.shortlist import BLOCK, offsets, pays, shortlisted
 
 _TILE_FLOATS = {"cpu": 1 << 18}  # 1 MB of scores at once stays in a core's cache; elsewhere 256 MB
 _CHUNK_FLOATS = 1 << 18  # likewise of codes, which every tile reads anew
-_BLOCK = 64
 _PACK_ROWS = 64  # laying the codebook out pays from about this many rows on
 
 
@@ -45,10 +44,9 @@ def nearest(rows: Tensor, codebook: Tensor, cost: Tensor | None = None) -> Tenso
 
 def _nearest(rows: Tensor, codebook: Tensor, cost: Tensor | None) -> Tensor:
     k = codebook.shape[0]
-    bias = codebook.square().sum(1)
-    bias = (bias if cost is None else bias + cost).mul(-0.5)
-    wide = rows.device.type == "cpu" and codebook.shape[0] >= 4 * _BLOCK
-    if wide and (over := -codebook.shape[0] % _BLOCK):  # whole blocks: codes that never win
+    bias = offsets(codebook, cost)
+    wide = rows.device.type == "cpu" and codebook.shape[0] >= 4 * BLOCK
+    if wide and (over := -codebook.shape[0] % BLOCK):  # whole blocks: codes that never win
         codebook, bias = F.pad(codebook, (0, 0, 0, over)), F.pad(bias, (0, over), value=float("-inf"))
     best = _best_in_blocks if wide else _best
     parts = _chunks(*codebook.shape) if wide else [slice(0, k)]
@@ -69,9 +67,9 @@ def _nearest(rows: Tensor, codebook: Tensor, cost: Tensor | None) -> Tensor:
 
 def _chunks(k: int, dim: int) -> list[slice]:
     """Slices of k codes, a multiple of the block, into whole blocks of about equal number that stay in a core's cache."""
-    blocks = k // _BLOCK
-    count = -(-blocks // max(1, _CHUNK_FLOATS // (dim * _BLOCK)))
-    edges = [_BLOCK * (blocks * i // count) for i in range(count + 1)]
+    blocks = k // BLOCK
+    count = -(-blocks // max(1, _CHUNK_FLOATS // (dim * BLOCK)))
+    edges = [BLOCK * (blocks * i // count) for i in range(count + 1)]
     return [slice(*pair) for pair in itertools.pairwise(edges)]
 
 
@@ -125,10 +123,10 @@ def _best(scores: Tensor) -> Tensor:
 def _best_in_blocks(scores: Tensor) -> Tensor:
     """argmax over the last axis in two steps, block maxima first: exact, and several times faster on a CPU."""
     n, k = scores.shape
-    blocks = scores.view(n, k // _BLOCK, _BLOCK)
+    blocks = scores.view(n, k // BLOCK, BLOCK)
     best = blocks.amax(2).argmax(1)
     inside = blocks[torch.arange(n, device=scores.device), best].argmax(1)
-    return best * _BLOCK + inside
+    return best * BLOCK + inside
 
 
 def kmeans(rows: Tensor, k: int, rng: StepRng, iterations: int = 10) -> tuple[Tensor, Tensor]:

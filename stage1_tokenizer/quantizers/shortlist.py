@@ -16,7 +16,7 @@ from torch import Tensor
 _UNIT = 2.0**-8  # what rounding to bfloat16 changes at most, relatively
 _LEAST = 1e-30  # what the unit that multiplies loses at most by taking the smallest numbers for 0
 _TILE = 1 << 20  # scores at once: 2 MB
-_BLOCK = 64
+BLOCK = 64  # codes whose highest score is looked at first
 _MOST = 16  # codes of a row's shortlist, which bounds memory
 _ROWS, _WORK = 512, 1 << 17  # rows, and numbers in the codebook, from which on it pays
 
@@ -24,6 +24,12 @@ _ROWS, _WORK = 512, 1 << 17  # rows, and numbers in the codebook, from which on 
 def pays(rows: int, codes: int, dim: int) -> bool:
     """Whether a search of that size is faster so, on a processor that computes in bfloat16."""
     return rows >= _ROWS and codes >= 1024 and codes * dim >= _WORK and dim >= 32
+
+
+def offsets(codes: Tensor, cost: Tensor | None) -> Tensor:
+    """(K,) -(|e_k|^2 + cost_k) / 2, what is added to z . e_k for the code of least distance and cost to have the highest score."""
+    squares = codes.square().sum(1)
+    return (squares if cost is None else squares + cost).mul(-0.5)
 
 
 def shortlisted(rows: Tensor, codebook: Tensor, cost: Tensor | None, search: Callable[[Tensor], Tensor]) -> Tensor:
@@ -40,9 +46,8 @@ def shortlisted(rows: Tensor, codebook: Tensor, cost: Tensor | None, search: Cal
     """
     mean = codebook.mean(0)
     codes = codebook - mean
-    bias = codes.square().sum(1)
-    bias = (bias if cost is None else bias + cost).mul(-0.5)
-    over = -len(codes) % _BLOCK  # whole blocks: codes that never win
+    bias = offsets(codes, cost)
+    over = -len(codes) % BLOCK  # whole blocks: codes that never win
     codes, bias = F.pad(codes, (0, 0, 0, over)), F.pad(bias, (0, over), value=float("-inf"))
     raised = bias + torch.where(bias.isfinite(), bias.abs(), 0.0).amax()
     short, short_bias = codes.bfloat16(), raised.bfloat16()
@@ -75,7 +80,7 @@ def _best(scores: Tensor, z: Tensor, bound: Tensor, codes: Tensor, bias: Tensor)
         scores: (n, K) bfloat16, none below 0; z: (n, D); bound: (n,) of what they were off by before they were rounded.
     """
     n, k = scores.shape
-    blocks = scores.view(torch.int16).view(n, k // _BLOCK, _BLOCK)  # in the order of the numbers, and quicker to compare
+    blocks = scores.view(torch.int16).view(n, k // BLOCK, BLOCK)  # in the order of the numbers, and quicker to compare
     tops = blocks.amax(2)
     high = tops.amax(1).view(torch.bfloat16).float()
     least = high * (1 - 4 * _UNIT) - 2 * bound  # for the rounding of the highest, of the best, and of this limit
@@ -87,7 +92,7 @@ def _best(scores: Tensor, z: Tensor, bound: Tensor, codes: Tensor, bias: Tensor)
     near = blocks[row, block] >= limit[row]
     told &= row.new_zeros(n).index_add_(0, row, near.sum(1)) <= _MOST
     which, place = (near & told[row, None]).nonzero().unbind(1)
-    row, code = row[which], block[which] * _BLOCK + place
+    row, code = row[which], block[which] * BLOCK + place
     exact = torch.linalg.vecdot(z.index_select(0, row), codes.index_select(0, code)) + bias.index_select(0, code)
     best = exact.new_full((n,), float("-inf")).scatter_reduce_(0, row, exact, "amax")
     won = exact == best[row]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from intarsia.codes_format import (
@@ -30,6 +31,7 @@ from intarsia.distributed import Comm, comm
 from intarsia.files import json_bytes, read_json, write_atomic
 from intarsia.lock import RunLock
 from intarsia.specs import LevelSpec, SignalSpec, to_plain
+from intarsia.tally import Tally
 
 WORK, PLAN, FACTS = ".dump", "plan.json", ".facts.json"  # while a dump runs: its plan, and what each shard that is done holds
 
@@ -204,33 +206,34 @@ class CodesWriter:
             splits.append(SplitEntry(name=name, **to_plain(plan), usage=(), perplexity=(), shards=tuple(entries)))
         counts, class_counts = self._count(splits)
         measured = [
-            split.to_dict() | {"usage": [int((c > 0).sum()) for c in found], "perplexity": [_perplexity(c) for c in found]}
+            split.to_dict() | {"usage": [len(c) for c in found], "perplexity": [_perplexity(c) for c in found]}
             for split, found in zip(splits, counts, strict=True)
         ]
         classes = [{"name": name, "count": int(count)} for name, count in zip(self.classes, class_counts, strict=True)]
         return Manifest.from_dict(self.plan | {"classes": classes, "splits": measured, "text": None})
 
     def _count(self, splits: Sequence[SplitEntry]) -> tuple[list[list[np.ndarray]], np.ndarray]:
-        """Reads and checks every shard: for each split and level how often each code occurs, and the samples of each class in train."""
-        counts: list[list[np.ndarray]] = []
+        """Reads and checks every shard: for each split and level the counts of the codes that occur, and the samples of each class in
+        train."""
+        counts: list[list[Tally]] = []
         class_counts = np.zeros(len(self.classes), np.int64)
         for split in splits:
-            counts.append([np.zeros(level.vocab, np.int64) for level in self.levels])
+            counts.append([Tally(level.vocab) for level in self.levels])
             for shard, entry in zip((s for s in self._shards if s.split == split.name), split.shards, strict=True):
                 rows = read_shard(self.folder / shard.file, entry, self.levels, split, len(self.classes))
                 index, view = shard.rows(split.samples)
                 if not (np.array_equal(rows.index, index) and np.array_equal(rows.view, view)):
                     raise CodesError(f"{self.folder / shard.file}: holds other rows than {shard.start} to {shard.stop - 1}")
-                for total, codes in zip(counts[-1], rows.codes, strict=True):
-                    total += np.bincount(codes.reshape(-1), minlength=len(total))
+                for tally, codes in zip(counts[-1], rows.codes, strict=True):
+                    tally.add(torch.from_numpy(codes.astype(np.int64)))
                 if split.name == "train" and rows.label is not None:
                     class_counts += np.bincount(rows.label[rows.view == 0], minlength=len(class_counts))
-        return counts, class_counts
+        return [[tally.occurred().numpy() for tally in split] for split in counts], class_counts
 
 
 def _perplexity(counts: np.ndarray) -> float:
     """exp of the entropy of the frequencies, to six digits."""
-    p = counts[counts > 0] / counts.sum()
+    p = counts / counts.sum()
     return float(f"{np.exp(-(p * np.log(p)).sum()):.6g}")
 
 

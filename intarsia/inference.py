@@ -46,7 +46,10 @@ def exact_arithmetic(device: str) -> Iterator[None]:
 @contextmanager
 def whole_float32() -> Iterator[None]:
     """Products and convolutions of float32 in float32 for the length of a ``with``, on all devices, whatever
-    ``torch.set_float32_matmul_precision`` and the like have allowed: on a CPU that knows bfloat16, too."""
+    ``torch.set_float32_matmul_precision`` and the like have allowed: on a CPU that knows bfloat16, too. Nothing where torch compiles."""
+    if torch.compiler.is_compiling():
+        yield
+        return
     backends = torch.backends
     units: list[Any] = [backends.cuda.matmul, backends.cudnn.conv]  # type: ignore[attr-defined]
     units += [getattr(backends.mkldnn, name) for name in ("matmul", "conv") if hasattr(backends.mkldnn, name)]

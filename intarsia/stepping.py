@@ -30,11 +30,14 @@ _LEAST_SCALE = 2.0**-14
 
 
 def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Tensors with two axes or more decay; biases, norms and scalars do not. With Muon the weights of hidden layers come first."""
+    """Tensors with two axes or more decay; biases, norms and scalars do not, nor what lies within a module with ``decays = False``, such
+    as a quantiser. With Muon the weights of hidden layers come first."""
     hidden = hidden_weights(module) if optim.muon else []
     taken = {id(p) for p in hidden}
     rest = [p for p in module.parameters() if p.requires_grad and id(p) not in taken]
-    matrices, vectors = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
+    kept = {id(p) for m in module.modules() if not getattr(m, "decays", True) for p in m.parameters()}
+    matrices = [p for p in rest if p.ndim >= 2 and id(p) not in kept]
+    vectors = [p for p in rest if p.ndim < 2 or id(p) in kept]
     groups = [
         {"params": hidden, "weight_decay": optim.weight_decay, "peak": optim.muon, "hidden": True},
         {"params": matrices, "weight_decay": optim.weight_decay},

@@ -250,8 +250,7 @@ def compare(config: CompareConfig, flags: Flags) -> None:
     comparison = Comparison(config, check_folder(config.out), flags.imports)
     comparison.plan("steps", config.seconds, config.quantizers, comparison.training)
     comparison.each(comparison.tokenizer, config.quantizers)
-    if config.prior:
-        chosen = comparison.chosen()
+    if config.prior and (chosen := comparison.chosen()):
         for entry in chosen:
             comparison.encode(entry)
         comparison.plan("prior_steps", config.prior_seconds, chosen, comparison.prior_training)

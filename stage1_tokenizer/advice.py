@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from stage1_tokenizer.metrics import expected_codes
 
 LOW_USAGE, FEW_CODES = 0.5, 0.1  # share of the codebook used; perplexity as a share of the used codes
 TWINS = 0.05  # a pair nearer than this share of the median distance to the nearest code
-POOR = 0.5  # quantisation error as a share of the latents' variance
+POOR = 0.5  # quantisation error as a share of the latents' variance, unless white noise of D dimensions, of which K codes leave
+WHITE = 1.2  # K^(-2/D) at least (rate-distortion), could not be quantised to so many times less
 PULL = 3.0  # gradient of the quantiser's terms as a multiple of the task's
 FAR = 10.0  # quantisation error as a multiple of the latents' variance: codes lie elsewhere
 CHEAP_SWAP = 1.0  # dB that another sample's codes of a level should cost at least
@@ -27,7 +30,8 @@ class LevelFacts:
             codes' vectors.
         twins: how many used codes have another one next to them; None where vectors were not compared.
         swap_cost: dB; None for a single level.
-        against_collapse: what its kind of quantiser has against a collapse.
+        dim: of the latents.
+        advice: what its kind of quantiser has against a symptom, as ``Quantizer.advice``, and its tokenizer against "swap".
     """
 
     name: str
@@ -43,7 +47,8 @@ class LevelFacts:
     error: float
     twins: int | None
     swap_cost: float | None
-    against_collapse: str
+    dim: int
+    advice: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -58,23 +63,23 @@ def level_findings(facts: LevelFacts) -> list[Finding]:
     """What is wrong with one level, worst first."""
     found = []
     where, ratio = f"level {facts.name}", facts.error / max(facts.variance, 1e-12)
-    if facts.table_used is not None and facts.table_used < LOW_USAGE * min(facts.vocab, facts.seen):
-        found.append(Finding(f"{where}: collapse, {facts.table_used} of {facts.vocab} codes are used", facts.against_collapse))
+    if facts.table_used is not None and facts.table_used < LOW_USAGE * expected_codes(facts.vocab, facts.seen):
+        found.append(Finding(f"{where}: collapse, {facts.table_used} of {facts.vocab} codes are used", facts.advice["collapse"]))
     elif facts.perplexity < FEW_CODES * facts.used:
         shown = f"{where}: perplexity {facts.perplexity:.0f} of {facts.used} used codes: a few codes do nearly all the work"
         found.append(Finding(shown, "fine where the data have much empty background or a rate is set; else beta: 0.1, or fewer codes"))
     if ratio > FAR:
         shown = f"{where}: the latents lie {ratio:.0f} times their own variance away from their codes"
-        found.append(Finding(shown, "init: kmeans; beta: 0.25; update: ema"))
-    elif ratio > POOR:
+        found.append(Finding(shown, facts.advice["far"]))
+    elif ratio > max(POOR, WHITE * facts.vocab ** (-2 / facts.dim)):
         shown = f"{where}: the quantisation error is {ratio:.0%} of the latents' variance"
         found.append(Finding(shown, "more codes, several stages (residual) or groups (product), a smaller dim, a longer training"))
     if facts.twins:
         shown = f"{where}: {facts.twins} used codes have another one next to them (nearer than {TWINS:.0%} of the usual distance)"
-        found.append(Finding(shown, "fewer codes, or rate: 0.01: twins cost bits and add nothing"))
+        found.append(Finding(shown, f"{facts.advice['twins']}: twins cost bits and add nothing"))
     if facts.swap_cost is not None and facts.swap_cost < CHEAP_SWAP:
         shown = f"{where}: carries nothing; another sample's codes cost {facts.swap_cost:z.1f} dB"
-        found.append(Finding(shown, "objective.prefix_weight: 0.25 with auxiliary decoders, or drop_finer: 0.1"))
+        found.append(Finding(shown, facts.advice["swap"]))
     if facts.used > 1 and facts.position_bits[0] < FLAT * facts.entropy_bits:
         shown = f"{where}: a position says {facts.position_bits[0]:.2f} bits, the most telling one {facts.position_bits[2]:.2f}"
         found.append(Finding(shown, "normal for borders that are always alike; a crop would save these codes"))
@@ -89,7 +94,7 @@ def gradient_findings(gradients: dict[str, dict[str, float]]) -> list[Finding]:
             shown = (
                 f"{name}: the quantiser pulls at the latents {norms['quantiser'] / max(norms['task'], 1e-12):.1f} times as hard as the task"
             )
-            found.append(Finding(shown, "a smaller beta (0.1), beta_warmup, or a larger objective.weight"))
+            found.append(Finding(shown, "a larger objective.weight, or less weight on the quantiser's own terms (beta: 0.1)"))
     return found
 
 

@@ -91,7 +91,8 @@ def examine(tokenizer: Tokenizer, objective: Objective, split: Split, samples: i
         twins = None
         if vectors is not None:
             found, distance = nearest_pairs(vectors.cpu(), use > 0)
-            nearest = [(int(a), int(b), float(d)) for (a, b), d in zip(found[: 2 * PAIRS : 2], distance[: 2 * PAIRS : 2], strict=True)]
+            each = {tuple(sorted((int(a), int(b)))): float(d) for (a, b), d in zip(found[: 2 * PAIRS], distance[: 2 * PAIRS], strict=True)}
+            nearest = [(a, b, d) for (a, b), d in each.items()][:PAIRS]
             twins = int((distance < TWINS * distance.median()).sum()) if len(distance) else 0
         pairs.append(nearest)
         facts.append(
@@ -109,7 +110,8 @@ def examine(tokenizer: Tokenizer, objective: Objective, split: Split, samples: i
                 error=total.quantization_error,
                 twins=twins,
                 swap_cost=swaps[i] if swaps else None,
-                against_collapse=quantizer.against_collapse,
+                dim=quantizer.dim,
+                advice={**quantizer.advice, "swap": tokenizer.against_idle_level},
             )
         )
     curve = rate_distortion(tokenizer, x, [count.sum(1) for count in counts])

@@ -154,9 +154,12 @@ def draw_swapped(path: Path, tokenizer: Tokenizer, split: Split, n: int, title: 
 
 
 def draw_codebook(path: Path, tokenizer: Tokenizer, codes: CodeMetrics, title: str = "") -> None:
-    """Usage of every level and, for images, its codes as the decoder draws them."""
+    """Usage of every level and, for images, its codes as the decoder draws them; nothing where a vocabulary is too large for a table."""
+    tables = [tally.table for tally in codes.tallies if tally.table is not None]
+    if len(tables) < len(codes.levels):
+        return
     levels = [
-        (level.name, codes.counts[i].cpu(), decoded_codes(tokenizer, codes.counts, i) if drawable(tokenizer) else None)
+        (level.name, tables[i].cpu(), decoded_codes(tokenizer, tables, i) if drawable(tokenizer) else None)
         for i, level in enumerate(codes.levels)
     ]
     hidden = max(level.vocab for level in codes.levels) > SHOWN_CODES

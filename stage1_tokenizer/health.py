@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from intarsia.cli import RunError
 from intarsia.config import Config, Place
 from intarsia.distributed import Comm
-from stage1_tokenizer.metrics import code_statistics
+from stage1_tokenizer.metrics import code_statistics, expected_codes
 from stage1_tokenizer.quantizers.base import Quantizer
 from stage1_tokenizer.symptoms import LARGEST_CODEBOOK, LARGEST_TABLE, code_vectors, level_quantizers, share_tables
 from stage1_tokenizer.tokenizers.base import Tokenizer
@@ -26,8 +26,8 @@ class HealthConfig(Config):
     usage: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Fewer codes than this share of the codebook, used since the last look, are a collapse."""
     collapse: Literal["warn", "auto", "stop"] = "warn"
-    """warn says what to try; auto applies what can be applied in the middle of a training, one remedy at each look, and says so;
-    stop ends the run."""
+    """warn says what to try; auto applies what can be applied in the middle of a training, one remedy at each look after which another
+    follows, and says so; stop ends the run."""
     quiet: Place[bool] = False
     """Log the figures, print nothing."""
 
@@ -74,16 +74,21 @@ class Health(nn.Module):
             flat = codes[i].flatten()
             self._buffer("local", i).index_add_(0, flat, torch.ones_like(flat))
 
-    def due(self, step: int) -> bool:
-        return (step + 1) % self.config.every == 0
+    def due(self, step: int, steps: int) -> bool:
+        """At its cadence, and after the last of ``steps``."""
+        return (step + 1) % self.config.every == 0 or step + 1 == steps
 
     @torch.no_grad()
-    def look(self, tokenizer: Tokenizer, comm: Comm, reinitialize: Callable[[], None], say: Callable[[str], None]) -> dict[str, Tensor]:
+    def look(
+        self, tokenizer: Tokenizer, comm: Comm, reinitialize: Callable[[], None], say: Callable[[str], None], left: int
+    ) -> dict[str, Tensor]:
         """Figures of all codes since the last look, over the ranks; acts on a collapse as configured. Each rank calls it.
 
         Args:
             reinitialize: sets the codebooks that ask for it from data, as at the start of a training.
             say: prints a line on the main process.
+            left: steps that follow. Where they are fewer than ``every``, nothing is applied any more: codes set anew want training. After
+                the last one nothing is stopped either.
 
         Returns:
             health/usage, health/perplexity, health/dead and health/drift of each level. Drift is the root mean square distance that
@@ -118,10 +123,10 @@ class Health(nn.Module):
             if table is None:  # judged with the first level of this codebook
                 continue
             used, seen = int((table > 0).sum()), int(table.sum())
-            if used < self.config.usage * min(open_codes, seen):
+            if used < self.config.usage * expected_codes(open_codes, seen):
                 collapsed.append((i, f"level {level.name}: {used} of {open_codes} codes used in the last {self.config.every} steps"))
         if collapsed:
-            self._act(collapsed, quantizers, reinitialize, say)
+            self._act(collapsed, quantizers, reinitialize, say, left)
         return figures
 
     def _drift(self, i: int, quantizer: Quantizer) -> float | None:
@@ -134,17 +139,19 @@ class Health(nn.Module):
             return None
         return float((vectors - before).square().mean().sqrt() / before.square().mean().sqrt().clamp_min(1e-12))
 
-    def _act(self, collapsed: list[tuple[int, str]], quantizers: list[Quantizer] | None, reinitialize: Any, say: Any) -> None:
+    def _act(self, collapsed: list[tuple[int, str]], quantizers: list[Quantizer] | None, reinitialize: Any, say: Any, left: int) -> None:
         tell = (lambda line: None) if self.config.quiet else say
-        tries = {i: (quantizers[i] if quantizers else Quantizer).against_collapse for i, _ in collapsed}
-        if self.config.collapse == "stop":
+        tries = {i: (quantizers[i] if quantizers else Quantizer).advice["collapse"] for i, _ in collapsed}
+        if self.config.collapse == "stop" and left:
             raise RunError(f"collapse: {'; '.join(f'{what}; try: {tries[i]}' for i, what in collapsed)}")
         applied = False
         for i, what in collapsed:
             remedies = quantizers[i].remedies() if quantizers else ()
             stage = int(self.stage[i])
-            if self.config.collapse == "warn":
-                tell(f"collapse: {what}; try: {tries[i]}{', or health.collapse: auto' if remedies else ''}")
+            if self.config.collapse != "auto":
+                tell(f"collapse: {what}; in a new run try: {tries[i]}{', or health.collapse: auto' if remedies else ''}")
+            elif left < self.config.every:
+                tell(f"collapse: {what}; too late for a remedy, {left} steps before the end; in a new run try: {tries[i]}")
             elif stage >= len(remedies):
                 tell(f"collapse: {what}; all remedies are applied ({', '.join(remedies) or 'there is none for it'}); try: {tries[i]}")
             elif quantizers:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from intarsia.distributed import Comm
 from intarsia.specs import LevelSpec
+from intarsia.tally import Tally
 
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
@@ -168,9 +169,9 @@ class CodeStatistics:
 
 
 def code_statistics(counts: Tensor, level: LevelSpec) -> CodeStatistics:
-    """counts: (vocab,), how often each code occurred; at least one did."""
-    if counts.shape != (level.vocab,):
-        raise ValueError(f"counts of level {level.name!r}: shape {tuple(counts.shape)}; expected ({level.vocab},)")
+    """counts: (vocab,), how often each code occurred, or (used,) of those that did; at least one did."""
+    if counts.ndim != 1 or counts.numel() > level.vocab:
+        raise ValueError(f"counts of level {level.name!r}: shape {tuple(counts.shape)}; expected at most ({level.vocab},)")
     total = int(counts.sum())
     if total == 0:
         raise ValueError(f"counts of level {level.name!r}: no codes were given")
@@ -191,39 +192,44 @@ def code_statistics(counts: Tensor, level: LevelSpec) -> CodeStatistics:
     )
 
 
+def expected_codes(codes: int, seen: int) -> float:
+    """How many different codes a healthy codebook shows in ``seen`` of them: as many as half as many draws from all alike would."""
+    return codes * -math.expm1(-seen / (2 * codes))
+
+
 class CodeMetrics:
     """Counts every code of every level.
 
     Attributes:
-        counts: one (vocab,) int64 tensor per level.
+        tallies: one for each level.
     """
 
     def __init__(self, levels: Sequence[LevelSpec], device: torch.device | str = "cpu") -> None:
         self.levels = tuple(levels)
-        self.counts = [torch.zeros(level.vocab, dtype=torch.int64, device=device) for level in self.levels]
+        self.tallies = [Tally(level.vocab, device) for level in self.levels]
 
     def update(self, codes: Sequence[Tensor]) -> None:
         """codes: one (B, *grid) integer tensor per level, in [0, vocab)."""
         if len(codes) != len(self.levels):
             raise ValueError(f"codes: {len(codes)} levels; expected {len(self.levels)}")
-        for level, total, c in zip(self.levels, self.counts, codes, strict=True):
-            found = torch.bincount(c.flatten(), minlength=level.vocab)
-            if found.numel() != level.vocab:
-                raise ValueError(f"codes of level {level.name!r}: value {found.numel() - 1}; expected [0, {level.vocab - 1}]")
-            total += found.to(total.device)
+        for level, tally, c in zip(self.levels, self.tallies, codes, strict=True):
+            try:
+                tally.add(c)
+            except ValueError as error:
+                raise ValueError(f"codes of level {level.name!r}: {error}") from None
 
     def merge(self, other: Self) -> Self:
         """Adds what ``other`` has seen; returns self."""
-        for total, more in zip(self.counts, other.counts, strict=True):
-            total += more.to(total.device)
+        for tally, more in zip(self.tallies, other.tallies, strict=True):
+            tally.merge(more)
         return self
 
     def all_reduce_(self, comm: Comm) -> Self:
         """Adds up over the ranks."""
-        for total in self.counts:
-            comm.all_reduce_sum_(total)
+        for tally in self.tallies:
+            tally.all_reduce_(comm)
         return self
 
     def compute(self) -> list[CodeStatistics]:
         """One per level, coarse to fine."""
-        return [code_statistics(total, level) for total, level in zip(self.counts, self.levels, strict=True)]
+        return [code_statistics(tally.occurred(), level) for tally, level in zip(self.tallies, self.levels, strict=True)]

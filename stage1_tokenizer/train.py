@@ -98,8 +98,8 @@ def train(config: TokenizerTrainConfig, flags: Flags) -> None:
                     run.note(tokenizer.update(run.rng(step), run.comm))
                 else:
                     tokenizer.discard()
-            if config.train == "all" and health.due(step):
-                run.note(health.look(tokenizer, run.comm, lambda: initialize(run, config, tokenizer, data), run.say))
+            if config.train == "all" and health.due(step, config.steps):
+                run.note(health.look(tokenizer, run.comm, lambda: set_anew(run, config, tokenizer, data), run.say, config.steps - step - 1))
             run.log(step)
             if run.due("validate", step) or run.due("pictures", step):
                 with release_weights(run, config, tokenizer, data):
@@ -153,6 +153,12 @@ def initialize(run: Run, config: TokenizerTrainConfig, tokenizer: Tokenizer, dat
     """Sets the codebooks from the first signals; those that are initialised already stay as they are."""
     batches = (batch["x"] for batch in run.first_batches(data, config.init_samples))
     tokenizer.initialize(batches, run.rng(0), run.comm)
+
+
+def set_anew(run: Run, config: TokenizerTrainConfig, tokenizer: Tokenizer, data: Loader) -> None:
+    """``initialize`` in the middle of a run: averages go on from what it sets."""
+    initialize(run, config, tokenizer, data)
+    run.weights_changed()
 
 
 @contextmanager

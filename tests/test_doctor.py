@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from stage1_tokenizer.data.base import SOURCES
 from stage1_tokenizer.data.transform import TransformConfig
 from stage1_tokenizer.objectives.reconstruction import Reconstruction, ReconstructionConfig
 from stage1_tokenizer.probe import innermost
-from stage1_tokenizer.quantizers.base import QUANTIZERS, QuantizerConfig
+from stage1_tokenizer.quantizers.base import QUANTIZERS, Quantizer, QuantizerConfig
 from stage1_tokenizer.quantizers.bsq import BSQConfig
 from stage1_tokenizer.quantizers.fsq import FSQConfig
 from stage1_tokenizer.quantizers.lfq import LFQConfig
@@ -156,12 +157,20 @@ def test_a_level_that_carries_nothing_is_found() -> None:
 def facts(**changes: object) -> LevelFacts:
     healthy = {"seen": 10**5, "used": 512, "table_used": 512}
     healthy |= {"perplexity": 350.0, "entropy_bits": 8.4, "position_bits": (4.0, 7.0, 8.0), "variance": 1.0, "error": 0.1}
-    healthy |= {"against_collapse": "fewer codes"}
+    healthy |= {"dim": 8, "advice": {**Quantizer.advice, "swap": "fewer levels"}}
     return LevelFacts(**({"name": "codes", "vocab": 512, "positions": 49, "twins": 0, "swap_cost": 12.0} | healthy | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS.names())
+def test_advice_names_only_settings_that_its_quantiser_has(kind: str) -> None:
+    known = set(QUANTIZERS.config(kind).model_fields)
+    named = {word for text in QUANTIZERS.get(kind).advice.values() for word in re.findall(r"(\w+):", text)}
+    assert named <= known, f"{sorted(named - known)} is no setting of {kind}"
 
 
 def test_a_healthy_level_has_no_findings() -> None:
     assert level_findings(facts()) == []
+    assert level_findings(facts(error=0.75, dim=32)) == []  # white noise of 32 dimensions: 512 codes leave 0.68 of it at least
     assert level_findings(facts(used=71, perplexity=60.0)) == []  # a stage that uses its part of a codebook that others share
 
 
@@ -197,6 +206,7 @@ def test_the_vectors_of_codes_lie_where_the_quantiser_does(kind: str) -> None:
         ({"used": 71, "table_used": 71, "perplexity": 60.0}, "collapse, 71 of 512"),
         ({"perplexity": 20.0}, "perplexity 20 of 512"),
         ({"error": 0.7}, "quantisation error is 70%"),
+        ({"error": 0.9, "dim": 32}, "quantisation error is 90%"),
         ({"error": 30.0}, "30 times their own variance"),
         ({"twins": 4}, "4 used codes have another one next to them"),
         ({"swap_cost": 0.3}, "carries nothing; another sample's codes cost 0.3 dB"),

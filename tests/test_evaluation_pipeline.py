@@ -277,6 +277,8 @@ def test_sets_are_measured_in_batches_and_keep_only_what_they_are_asked_for():
     found = measure("real", real_batches(split), model, pixels=True, images=7)
     assert isinstance(found, ImageSet) and len(found) == 300 and torch.equal(found.features, model(x)[0])
     assert found.images.dtype == torch.uint8 and torch.equal(found.images, (x[:7] * 255).round().to(torch.uint8))
+    kept = measure("real", real_batches(split), model, images=290).images
+    assert torch.equal(kept, (x[:290] * 255).round().to(torch.uint8)), "several batches"
     streamed = measure("samples", in_batches(enumerate(x), split.labels), model)
     assert torch.equal(streamed.features, found.features) and torch.equal(streamed.labels, split.labels)
     assert streamed.pixels is None and streamed.images is None

@@ -50,7 +50,7 @@ def test_the_figures_are_those_of_single_images():
     level = tree["codes"]["validation"][0]
     assert level["codes"] == 21 * 16 and level["used"] == codes[0].unique().numel()
     train = tokenizer.encode(source.split("train").batch(torch.arange(50))["x"])[0]
-    assert torch.equal(counts.counts[0], torch.bincount(train.flatten(), minlength=16))
+    assert torch.equal(counts.tallies[0].table, torch.bincount(train.flatten(), minlength=16))
     assert tree["codes"]["train"][0]["codes"] == 800 and tree["tokenizer"]["fingerprint"] == tokenizer.fingerprint
     text = table(tree)
     assert f"21 validation samples: PSNR {tree['reconstruction']['psnr']:.2f} dB (mean per sample)" in text
@@ -70,15 +70,20 @@ def test_the_figures_without_near_duplicates_are_those_of_the_images_that_are_le
 def test_the_same_split_twice_is_counted_once():
     tokenizer, source = tiny.tokenizer(), Noise()
     tree, counts = report(tokenizer, source, "train")
-    assert set(tree["codes"]) == {"train"} and int(counts.counts[0].sum()) == 800
+    assert set(tree["codes"]) == {"train"} and int(counts.tallies[0].table.sum()) == 800
 
 
 def test_two_processes_give_the_figures_of_one(ranks):
     tokenizer, source = tiny.tokenizer(), Noise()
     alone, counts = report(tokenizer, source, "validation")
-    for tree, theirs in ranks(lambda rank: (lambda found: (found[0], found[1].counts))(report(tokenizer, source, "validation"))):
+
+    def work(rank):
+        tree, counted = report(tokenizer, source, "validation")
+        return tree, [tally.table for tally in counted.tallies]
+
+    for tree, theirs in ranks(work):
         assert tree["reconstruction"] == pytest.approx(alone["reconstruction"], rel=1e-12)
-        assert tree["codes"] == alone["codes"] and torch.equal(theirs[0], counts.counts[0])
+        assert tree["codes"] == alone["codes"] and torch.equal(theirs[0], counts.tallies[0].table)
 
 
 def test_more_processes_than_samples_are_enough(ranks):

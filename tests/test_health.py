@@ -62,7 +62,7 @@ def test_a_tokenizer_without_a_quantizer_is_watched_by_its_codes_alone() -> None
         health, said = Health(HealthConfig(usage=0.5, collapse=collapse), model), []
         for _ in range(2):
             health.count([torch.zeros(8, 2, 2, dtype=torch.int64)])
-            figures = health.look(model, comm, never, said.append)
+            figures = health.look(model, comm, never, said.append, left=500)
         assert figures["health/usage"] == 1 / 8 and "health/drift" not in figures and len(said) == 2 and words in said[0]
         health.restore(model)
     with pytest.raises(ValueError, match="does not call one Quantizer for each level"):
@@ -85,12 +85,12 @@ def test_figures_are_those_of_all_codes_since_the_last_look() -> None:
     health, said = Health(HealthConfig(usage=0.5), model), []
     health.count([torch.tensor([[[0, 1], [1, 1]]])])
     health.count([torch.tensor([[[5, 6], [7, 7]]])])
-    figures = health.look(model, comm, never, said.append)
+    figures = health.look(model, comm, never, said.append, left=500)
     assert figures["health/usage"] == 5 / 8 and figures["health/dead"] == 3 and not said
     p = torch.tensor([1, 3, 1, 1, 2]) / 8
     assert figures["health/perplexity"].item() == pytest.approx(torch.exp(-(p * p.log()).sum()).item(), rel=1e-6)
     health.count([torch.tensor([[[0, 1], [2, 3]]])])
-    assert health.look(model, comm, never, said.append)["health/usage"] == 4 / 8
+    assert health.look(model, comm, never, said.append, left=500)["health/usage"] == 4 / 8
 
 
 def test_drift_is_the_way_of_the_vectors_since_the_last_look() -> None:
@@ -100,7 +100,7 @@ def test_drift_is_the_way_of_the_vectors_since_the_last_look() -> None:
     for factor, expected in ((1.0, None), (1.5, 0.5), (1.0, 0.0)):
         model.quantizer.codebook.mul_(factor)
         health.count([torch.zeros(1, 2, 2, dtype=torch.int64)])
-        drift = health.look(model, comm, never, print).get("health/drift")
+        drift = health.look(model, comm, never, print, left=500).get("health/drift")
         assert (drift is None) == (expected is None)
         assert drift is None or drift.item() == pytest.approx(expected, abs=1e-6)
 
@@ -119,15 +119,15 @@ def test_a_collapse_warns_with_the_level_and_both_numbers() -> None:
     health, said = Health(HealthConfig(), model), []
     many = torch.arange(8).view(1, 2, 4)
     health.count([many, torch.zeros_like(many)])
-    health.look(model, comm, never, said.append)
-    assert len(said) == 1 and "level codes/1: 1 of 8 codes used in the last 500 steps; try: " in said[0]
+    health.look(model, comm, never, said.append, left=500)
+    assert len(said) == 1 and "level codes/1: 1 of 8 codes used in the last 500 steps; in a new run try: " in said[0]
 
 
 def test_of_a_growing_codebook_only_the_codes_in_use_are_counted() -> None:
     model = tokenizer(VQConfig(codes=8, dim=4, init="normal", grow=(99,)))
     health, said = Health(HealthConfig(usage=0.5), model), []
     health.count([torch.tensor([[[0, 1], [2, 2]]] * 5)])
-    figures = health.look(model, comm, never, said.append)
+    figures = health.look(model, comm, never, said.append, left=500)
     assert figures["health/usage"] == 3 / 4 and figures["health/dead"] == 1 and not said
 
 
@@ -136,7 +136,7 @@ def test_collapse_stop_ends_the_run_naming_it() -> None:
     health = Health(HealthConfig(collapse="stop"), model)
     health.count([torch.zeros(1, 4, 4, dtype=torch.int64)])
     with pytest.raises(RunError, match="collapse: level codes: 1 of 8 codes"):
-        health.look(model, comm, never, print)
+        health.look(model, comm, never, print, left=500)
 
 
 def test_stages_that_share_a_codebook_are_judged_together() -> None:
@@ -145,7 +145,7 @@ def test_stages_that_share_a_codebook_are_judged_together() -> None:
         model = tokenizer(shared)
         health, lines = Health(HealthConfig(), model), []
         health.count([torch.tensor([[[0, 1], [0, 1]]] * 9), torch.tensor([[second, second]] * 9)])
-        figures = health.look(model, comm, never, lines.append)
+        figures = health.look(model, comm, never, lines.append, left=500)
         assert {figures[f"health/usage/codes/{i}"].item() for i in (0, 1)} == {0.25}
         assert len(lines) == said and all("2 of 8 codes" in line for line in lines)
 
@@ -154,14 +154,25 @@ def test_a_vocabulary_beyond_any_table_is_not_watched() -> None:
     model = tokenizer(LFQConfig(bits=30))
     health = Health(HealthConfig(every=1), model)
     health.count([torch.full((1, 4, 4), 2**30 - 1)])
-    assert health.look(model, comm, never, print) == {} and sum(t.numel() for t in health.state_dict().values()) < 10
+    assert health.look(model, comm, never, print, left=500) == {} and sum(t.numel() for t in health.state_dict().values()) < 10
+
+
+def test_at_the_end_nothing_is_set_anew_and_nothing_is_stopped() -> None:
+    """Codes set anew in the last steps would be released as they are, with a decoder that never saw them."""
+    for collapse, left, words in (("auto", 3, "too late for a remedy, 3 steps before the end"), ("stop", 0, "in a new run try")):
+        model = tokenizer()
+        health, said = Health(HealthConfig(collapse=collapse, every=4), model), []
+        health.count([torch.zeros(1, 4, 4, dtype=torch.int64)])
+        health.look(model, comm, never, said.append, left=left)
+        assert len(said) == 1 and "1 of 8 codes" in said[0] and words in said[0] and not health.stage.any()
+    assert [step for step in range(10) if health.due(step, 10)] == [3, 7, 9]
 
 
 def test_few_samples_are_no_collapse() -> None:
     model = tokenizer(VQConfig(codes=512, dim=4, init="normal"))
     health, said = Health(HealthConfig(), model), []
     health.count([torch.tensor([[[0, 1], [2, 3]]])])
-    health.look(model, comm, never, said.append)
+    health.look(model, comm, never, said.append, left=500)
     assert not said
 
 
@@ -170,7 +181,7 @@ def test_auto_applies_one_remedy_after_the_other_and_says_so() -> None:
     health, said, anew = Health(HealthConfig(collapse="auto"), model), [], []
     for _ in range(3):
         health.count([torch.zeros(1, 4, 4, dtype=torch.int64)])
-        health.look(model, comm, lambda: anew.append(bool(model.quantizer.initialized)), said.append)  # type: ignore[arg-type]
+        health.look(model, comm, lambda: anew.append(bool(model.quantizer.initialized)), said.append, left=500)  # type: ignore[arg-type]
     assert "applied: k-means of the latents as they are, and restart 0.05" in said[0]
     assert "applied: beta 0.1" in said[1]
     assert "all remedies are applied" in said[2]
@@ -204,7 +215,7 @@ def test_remedies_of_every_kind_hold_again_after_a_resumption_and_change_no_stat
     assert (q(z, rng).loss.item() != loss) == (kind != "fsq")  # beta, the sharpness of logits, or the entropy term
     with pytest.raises(ValueError, match=f"remedy: 'x'; {kind} has {', '.join(kinds) or 'none'}".replace("(", ".")):
         q.remedy("x")
-    assert q.against_collapse != "" and len(kinds) == (0 if kind == "fsq" else 1 if kind == "bsq" else 2)
+    assert q.advice["collapse"] != "" and len(kinds) == (0 if kind == "fsq" else 1 if kind == "bsq" else 2)
 
 
 @pytest.mark.parametrize("kind", ["vq", "gumbel", "simvq"])
@@ -245,7 +256,7 @@ def test_advice_is_of_the_kind_and_names_auto_where_it_helps() -> None:
         model = tokenizer(config)
         health, said = Health(HealthConfig(), model), []
         health.count([torch.zeros(1, 4, 4, dtype=torch.int64)])
-        health.look(model, comm, never, said.append)
+        health.look(model, comm, never, said.append, left=500)
         assert words in said[0] and "ema" not in said[0] and ("health.collapse: auto" in said[0]) == auto
 
 

@@ -114,6 +114,30 @@ def test_two_ranks_count_each_sample_once_even_where_one_has_none(ranks):
             assert statistics == whole_codes.compute()
 
 
+@pytest.mark.parametrize("ways", [1, 2])
+def test_a_vocabulary_beyond_any_table_is_counted_all_the_same(ranks, ways):
+    """2^31 codes, of which a table would take 17 GB."""
+    level = LevelSpec("codes", 2**31, (3, 3))
+    codes = torch.randint(2**31, (40,), generator=torch.Generator().manual_seed(0))[torch.randint(40, (30, 3, 3))]
+    whole = CodeMetrics([level])
+    for part in (codes[:20], codes[20:20], codes[20:]):
+        whole.merge(counted(level, part))
+    _, expected = codes.unique(return_counts=True)
+    assert torch.equal(whole.tallies[0].occurred(), expected) and whole.compute() == [code_statistics(expected, level)]
+    if ways == 2:
+        shares = (codes[:7], codes[7:])
+        for found in ranks(lambda rank: counted(level, shares[rank]).all_reduce_(comm).compute()):
+            assert found == whole.compute()
+    with pytest.raises(ValueError, match=r"codes of level 'codes': value -1; expected \[0, 2147483647\]"):
+        whole.update([torch.tensor([[-1]])])
+
+
+def counted(level, codes):
+    found = CodeMetrics([level])
+    found.update([codes])
+    return found
+
+
 def test_code_statistics_of_a_known_distribution():
     uniform = code_statistics(torch.full((8,), 5), LevelSpec("codes", 8, (2, 3)))
     assert uniform.perplexity == pytest.approx(8) and uniform.entropy_bits == pytest.approx(3) and uniform.usage == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -51,6 +52,20 @@ def test_prefixes_are_censored_alike_and_weighed_by_prefix_weight() -> None:
     alone, _ = loss_and_gradient(Y, censored=True)
     both, _ = loss_and_gradient(Y, prefixes=((1, Y),), censored=True, prefix_weight=0.5)
     assert both == pytest.approx(1.5 * alone)
+
+
+def test_the_logarithm_of_the_error_is_psnr_and_weighs_an_easy_sample_as_much_as_a_hard_one() -> None:
+    x = torch.rand(4, 2, 5, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    y = (x + torch.tensor([0.5, 0.1, 0.02, 0.0]).view(4, 1, 1)).requires_grad_()
+    out = TokenizerOutput(x=y, codes=(), loss=torch.zeros(()), stats={}, prefixes=())
+    objective = Reconstruction(ReconstructionConfig(error="log_mse", weight=0.1))
+    loss, _ = objective.tokenizer_loss(out, x, 0, StepRng(0, 0, torch.arange(4)))
+    loss.backward()
+    psnr = [10 * math.log10(4 / error**2) for error in (0.5, 0.1, 0.02)] + [10 * math.log10(4 / 1e-6)]  # no more than that for an exact one
+    assert loss.item() == pytest.approx(0.1 * (math.log(4) - math.log(10) / 10 * sum(psnr) / 4), abs=2e-4)
+    assert y.grad is not None
+    pull = (y.grad * (y - x)).flatten(1).sum(1)  # how much the loss falls, at first, as a sample's error shrinks: relative, so alike
+    assert torch.allclose(pull, torch.tensor([0.05, 0.05, 0.05, 0.0]), rtol=0.01)
 
 
 def test_half_precision_is_compared_in_the_precision_of_the_signal() -> None:

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK = 2**22  # entries of a block of distances
+BLOCK = 2**22  # entries of a block of distances, and of the rows that it compares
 
 
 def squared_distance_blocks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(rows of x, (rows, m) squared Euclidean distances to all of y) for x (n, D), y (m, D)."""
     y_norm = y.square().sum(1)
-    rows = max(1, BLOCK // max(1, y.shape[0]))
+    rows = max(1, BLOCK // max(1, *y.shape))
     for start in range(0, x.shape[0], rows):
         part = x[start : start + rows]
         d = torch.addmm(y_norm[None], part, y.T, alpha=-2).add_(part.square().sum(1, keepdim=True))

@@ -1,10 +1,12 @@
-"""Sets of images as the figures need them: features, predicted classes, small pixel vectors; never all images at once."""
+"""Sets of images as the figures need them: features, predicted classes, small pixel vectors; never all images in memory."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ class ImageSet:
         predicted: (n,) int64, the classes that the feature model sees.
         labels: (n,) int64, the true classes or those asked for; None where there are none.
         pixels: (n, D) float32, see ``pixel_vectors``; None where not asked for.
-        images: (m, C, H, W) uint8, the first m images; None where not asked for.
+        images: (m, C, H, W) uint8, the first m images, in a temporary file that goes with the tensor; None where not asked for.
         balanced: the number of images per class was fixed, and resampling keeps it.
     """
 
@@ -60,12 +62,32 @@ class ImageSet:
         return self.predicted == self.labels
 
 
+class OnDisk:
+    """Rows of bytes that grow in a temporary file, then one tensor over it: any number of images in little memory."""
+
+    def __init__(self) -> None:
+        self._file, self._shape = tempfile.TemporaryFile(), [0]  # noqa: SIM115 (``tensor`` closes it)
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    def add(self, rows: Tensor) -> None:
+        """rows: (m, *shape) uint8 on the CPU, of one shape."""
+        self._file.write(rows.contiguous().numpy().data)
+        self._shape = [len(self) + len(rows), *rows.shape[1:]]
+
+    def tensor(self) -> Tensor:
+        """(n, *shape) uint8; the file goes with it. Once, at the end, with at least one row."""
+        with self._file:
+            return torch.from_numpy(np.memmap(self._file, np.uint8, "r+", shape=tuple(self._shape)))
+
+
 def measure(
     name: str, batches: Iterable[Labelled], model: FeatureModel, *, pixels: bool = False, images: int = 0, balanced: bool = False
 ) -> ImageSet:
     """Runs the feature model over ``batches``, and keeps pixel vectors and the first ``images`` images; all results on the CPU."""
-    features, predicted, labels = list[Tensor](), list[Tensor](), list[Tensor]()
-    vectors, kept = list[Tensor](), list[Tensor]()
+    features, predicted, labels, vectors = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
+    kept = OnDisk()
     for x, label in batches:
         f, p = model(x)
         features.append(f.cpu())
@@ -74,8 +96,8 @@ def measure(
             labels.append(label.cpu())
         if pixels:
             vectors.append(pixel_vectors(x).cpu())
-        if (missing := images - sum(len(part) for part in kept)) > 0:
-            kept.append((x[:missing] * 255).round().to(torch.uint8).cpu())
+        if images > len(kept):
+            kept.add((x[: images - len(kept)] * 255).round().to(torch.uint8).cpu())
     if not features:
         raise ValueError(f"{name}: the set holds no images")
     return ImageSet(
@@ -84,7 +106,7 @@ def measure(
         torch.cat(predicted),
         torch.cat(labels) if labels else None,
         torch.cat(vectors) if pixels else None,
-        torch.cat(kept) if images else None,
+        kept.tensor() if images else None,
         balanced and bool(labels),
     )
 

@@ -29,14 +29,15 @@ def check_holdout(value: Any) -> Any:
 def held_out(holdout: Holdout, n: int, has_validation: bool) -> Tensor | None:
     """(n,) bool, True = held out; None where nothing is.
 
-    A share takes each sample whose hash falls below it (at least one), so that data added later do not move others; a count takes the
-    samples of the smallest hashes; a name reads a list of indices. Raises ConfigError where nothing would be left, or
+    A share takes each sample the hash of whose number falls below it (at least one), so that data added at the end move no others; a
+    count takes the samples of the smallest hashes; a name reads a list of indices. Raises ConfigError where nothing would be left, or
     where the source has a validation split already.
     """
     if has_validation:
         if holdout in (None, 0):
             return None
-        raise ConfigError([f"data.holdout: {holdout!r}, but the source has a validation split of its own; leave it out"])
+        own = "the source has a validation split of its own; --data.holdout null holds out nothing more"
+        raise ConfigError([f"data.holdout: {holdout!r}, but {own}"])
     if holdout == 0:
         return None
     if isinstance(holdout, str):

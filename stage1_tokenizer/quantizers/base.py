@@ -53,12 +53,14 @@ class Quantizer(nn.Module):
         soft: in training ``Quantized.z`` is a mixture that no code stands for.
         shrink: how much smaller than its input what it leaves is, where that is fixed; 1 where a codebook adapts. A residual
             quantiser magnifies what each stage leaves by this much for the next.
-        against_collapse: settings to try, in order, where few codes are used.
+        advice: symptom -> settings to try, in order: "collapse" where few codes are used, "far" where latents lie far from all codes,
+            "twins" where codes lie next to each other.
     """
 
     type_name: ClassVar[str]
-    against_collapse: ClassVar[str] = "fewer codes"
+    advice: ClassVar[dict[str, str]] = {"collapse": "fewer codes", "far": "a smaller learning rate", "twins": "fewer codes"}
     muon: ClassVar[bool] = False  # what it learns by gradient is AdamW's
+    decays: ClassVar[bool] = False  # codes that nobody uses have no gradient, and would go to 0
     dim: int
     straight_through: bool = False
     soft: bool = False
@@ -98,14 +100,21 @@ class Quantizer(nn.Module):
                 comm.broadcast_(tensor)
 
     def update(self, rng: StepRng, comm: Comm) -> dict[str, Tensor]:
-        """Once per optimizer step: moving averages, restarts, growth; the same on every rank. Returns scalars to log."""
+        """Once per optimizer step: moving averages, restarts, growth; the same on every rank. Returns scalars to log; ``restarts`` is how
+        many codes were moved to current latents."""
         return {}
 
     def discard(self) -> None:
         """Forgets the statistics of a step that is skipped."""
 
-    def reestimate(self, comm: Comm) -> None:
-        """Sets each used code to the mean of the latents that ``forward`` gave it since the last ``update``.
+    @property
+    def passes(self) -> int:
+        """How many passes over the latents ``reestimate`` takes: one for each part whose latents hang on codebooks before it."""
+        return 1
+
+    def reestimate(self, comm: Comm, number: int = 0) -> None:
+        """Sets each used code to the mean of the latents that ``forward`` gave it since the last ``update``; after pass ``number`` the
+        codes whose turn it is.
 
         For averaged weights: the codebook of the running encoder is moved under the averaged one. A codebook that the
         optimizer trains is averaged like any parameter, and stays.

@@ -61,9 +61,13 @@ class Composite(Quantizer):
         for _, part in self.distinct():
             part.discard()
 
-    def reestimate(self, comm: Comm) -> None:
+    @property
+    def passes(self) -> int:
+        return self.part(0).passes
+
+    def reestimate(self, comm: Comm, number: int = 0) -> None:
         for _, part in self.distinct():
-            part.reestimate(comm)
+            part.reestimate(comm, number)
 
     def finite(self) -> Tensor:
         return torch.stack([part.finite() for _, part in self.distinct()]).all()

@@ -12,6 +12,7 @@ from intarsia.rng import StepRng
 from stage1_tokenizer.quantizers.base import (
     QUANTIZERS,
     Quantized,
+    Quantizer,
     QuantizerConfig,
     active_mean,
     at_least_float32,
@@ -46,7 +47,7 @@ class FSQ(ScalarQuantizer):
     The gradient passes the rounding unchanged and the bound by its derivative.
     """
 
-    against_collapse = "fewer levels or dimensions; a smaller learning rate"
+    advice = Quantizer.advice | {"collapse": "fewer levels or dimensions; a smaller learning rate"}
 
     middle: Tensor
     radius: Tensor

@@ -11,10 +11,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from intarsia.config import Added
+from intarsia.inference import whole_float32
 from intarsia.rng import StepRng
 from stage1_tokenizer.quantizers.base import (
     QUANTIZERS,
     Quantized,
+    Quantizer,
     QuantizerConfig,
     active_mean,
     at_least_float32,
@@ -66,7 +68,7 @@ class Gumbel(CodebookQuantizer):
     The codebook learns from the decoder's gradient and through the logits.
     """
 
-    against_collapse = "init: kmeans; scale: 16; fewer codes"
+    advice = Quantizer.advice | {"collapse": "init: kmeans; scale: 16; fewer codes", "far": "init: kmeans"}
 
     def __init__(self, config: GumbelConfig) -> None:
         super().__init__(config.codes, config.dim)
@@ -122,9 +124,10 @@ class Gumbel(CodebookQuantizer):
 
     def logits(self, rows: Tensor) -> Tensor:
         """(..., D) to (..., K), up to a constant of each row."""
-        if self.head is not None:
-            return F.linear(rows, self.head.weight.to(rows.dtype), self.head.bias.to(rows.dtype))
-        return F.linear(rows, *self._of_distance(self.codebook.to(rows.dtype)))
+        with whole_float32():
+            if self.head is not None:
+                return F.linear(rows, self.head.weight.to(rows.dtype), self.head.bias.to(rows.dtype))
+            return F.linear(rows, *self._of_distance(self.codebook.to(rows.dtype)))
 
     def forward(self, z: Tensor, rng: StepRng | None = None, active: Tensor | None = None) -> Quantized:
         check_latents(z, self.dim)

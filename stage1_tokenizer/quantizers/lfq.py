@@ -14,6 +14,7 @@ from intarsia.rng import StepRng
 from stage1_tokenizer.quantizers.base import (
     QUANTIZERS,
     Quantized,
+    Quantizer,
     QuantizerConfig,
     active_mean,
     at_least_float32,
@@ -60,7 +61,7 @@ class SignQuantizer(ScalarQuantizer):
     -H(E p) becomes sum_c E p(c) log m(c), which has the gradient of -H at m and is linear in the batch.
     """
 
-    against_collapse = "a larger entropy, with a diversity of 1 or more; fewer bits"
+    advice = Quantizer.advice | {"collapse": "a larger entropy, with a diversity of 1 or more; fewer bits", "far": "beta: 0.25"}
     usage: Tensor
     value: float = 1.0
     shrink = 0.5

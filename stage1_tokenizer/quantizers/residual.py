@@ -4,6 +4,7 @@ stages before it left."""
 from __future__ import annotations
 
 import copy
+import math
 from typing import Annotated, Any
 
 import torch
@@ -11,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from intarsia.config import Added
+from intarsia.distributed import Comm
 from intarsia.rng import StepRng
 from stage1_tokenizer.quantizers.base import (
     QUANTIZERS,
@@ -24,6 +26,8 @@ from stage1_tokenizer.quantizers.base import (
 )
 from stage1_tokenizer.quantizers.composite import Composite, named
 from stage1_tokenizer.quantizers.vq import VQConfig
+
+_LEAST_SCALE = 1e-7  # what a stage may be to the first: below it float32 rounds more than the stage says
 
 
 class ResidualConfig(QuantizerConfig):
@@ -74,9 +78,26 @@ class Residual(Composite):
         self.dim = first.dim
         self.straight_through, self.soft = first.straight_through, first.soft
         self.scales = [first.shrink**i for i in range(config.stages)]
+        if self.scales[-1] < _LEAST_SCALE:
+            most = 1 + int(math.log(_LEAST_SCALE) / math.log(first.shrink))
+            finer = f"{1 / first.shrink:g} times as fine as the one before"
+            raise ValueError(f"stages: {config.stages}; float32 tells {most} of {config.inner.type_name} apart, each {finer}")
         self.shrink = first.shrink**config.stages
         ends = None if config.depth_weights is None else torch.tensor(config.depth_weights, dtype=torch.float64).cumsum(0)
         self.register_buffer("depth_ends", ends, persistent=False)
+
+    @property
+    def passes(self) -> int:
+        return len(self.parts) * super().passes
+
+    def reestimate(self, comm: Comm, number: int = 0) -> None:
+        """A shared codebook in one pass, which moves it under all its stages."""
+        turn, inside = divmod(number, super().passes)
+        for i, part in self.distinct():
+            if i == turn:
+                part.reestimate(comm, inside)
+            else:
+                part.discard()
 
     def extra_repr(self) -> str:
         return f"stages={self.config.stages}, shared={self.config.shared}, dropout={self.config.dropout}"

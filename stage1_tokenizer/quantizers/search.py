@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cache
 
 import torch
@@ -36,15 +35,16 @@ def nearest(rows: Tensor, codebook: Tensor, cost: Tensor | None = None) -> Tenso
     Returns:
         (N,) int64 in [0, K), for rows that are not finite too.
     """
-    with nullcontext() if torch.compiler.is_compiling() else whole_float32():
+    with whole_float32():
         if rows.dtype == torch.float32 and _packable(codebook) and pays(len(rows), *codebook.shape) and _shortens():
             return shortlisted(rows, codebook, cost, lambda rest: _nearest(rest, codebook, cost))
         return _nearest(rows, codebook, cost)
 
 
 def _nearest(rows: Tensor, codebook: Tensor, cost: Tensor | None) -> Tensor:
-    k = codebook.shape[0]
-    bias = offsets(codebook, cost)
+    k, mean = codebook.shape[0], codebook.mean(0)
+    codebook = codebook - mean  # from there distances are the same, and scores no larger than they must be, which is what rounding goes by
+    bias = offsets(codebook, cost) - codebook @ mean
     wide = rows.device.type == "cpu" and codebook.shape[0] >= 4 * BLOCK
     if wide and (over := -codebook.shape[0] % BLOCK):  # whole blocks: codes that never win
         codebook, bias = F.pad(codebook, (0, 0, 0, over)), F.pad(bias, (0, over), value=float("-inf"))
@@ -145,7 +145,7 @@ def kmeans(rows: Tensor, k: int, rng: StepRng, iterations: int = 10) -> tuple[Te
     centres = rows[order[torch.arange(k, device=rows.device) % n]].clone()
     if n < k:
         slots = StepRng(rng.seed, rng.step, torch.arange(k, device=rows.device))
-        centres += 1e-3 * rows.std().clamp_min(1e-6) * slots.normal("kmeans/noise", rows.shape[1]).to(rows.dtype)
+        centres += 1e-2 * rows.std().clamp_min(1e-6) * slots.normal("kmeans/noise", rows.shape[1]).to(rows.dtype)
     counts = rows.new_zeros(k)
     for i in range(iterations):
         codes = nearest(rows, centres)

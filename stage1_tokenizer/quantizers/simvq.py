@@ -8,9 +8,18 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from intarsia.inference import whole_float32
 from intarsia.rng import StepRng
 from stage1_tokenizer.quantizers.assign import Estimator, assign
-from stage1_tokenizer.quantizers.base import QUANTIZERS, Quantized, QuantizerConfig, at_least_float32, check_finite, check_latents
+from stage1_tokenizer.quantizers.base import (
+    QUANTIZERS,
+    Quantized,
+    Quantizer,
+    QuantizerConfig,
+    at_least_float32,
+    check_finite,
+    check_latents,
+)
 from stage1_tokenizer.quantizers.codebook import CodebookQuantizer
 from stage1_tokenizer.quantizers.search import nearest
 
@@ -43,7 +52,7 @@ class SimVQ(CodebookQuantizer):
     about the learning rate, so a code by that times the length of c_k: shorter ones fall behind the encoder.
     """
 
-    against_collapse = "init: moments; beta: 0.1; fewer codes"
+    advice = Quantizer.advice | {"collapse": "init: moments; beta: 0.1; fewer codes", "far": "init: moments; beta: 0.25"}
     basis: Tensor
 
     def __init__(self, config: SimVQConfig) -> None:
@@ -62,7 +71,8 @@ class SimVQ(CodebookQuantizer):
         return f"K={self.config.codes}, D={self.config.dim}, beta={self.config.beta}"
 
     def vectors(self) -> Tensor:
-        return self.map(self.basis)  # type: ignore[no-any-return]
+        with whole_float32():
+            return self.map(self.basis)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def initialize(self, z: Tensor, rng: StepRng) -> None:

@@ -16,6 +16,7 @@ from stage1_tokenizer.quantizers.assign import Estimator, assign
 from stage1_tokenizer.quantizers.base import (
     QUANTIZERS,
     Quantized,
+    Quantizer,
     QuantizerConfig,
     at_least_float32,
     check_finite,
@@ -90,10 +91,12 @@ class VQ(CodebookQuantizer):
     depends on data (restarts, the finite flag, growth) is decided by tensor operations. ``initialize`` and eval mode do wait.
     """
 
-    against_collapse = (
-        "update: ema in place of gradient; restart: 0.05; init: kmeans; beta: 0.1; an entropy bonus; a codebook that grows;"
-        " cosine: true with dim 8; fewer codes"
-    )
+    advice = Quantizer.advice | {
+        "collapse": "update: ema in place of gradient; restart: 0.05; init: kmeans; beta: 0.1; an entropy bonus; a codebook that grows;"
+        " cosine: true with dim 8; fewer codes",
+        "far": "init: kmeans; beta: 0.25; update: ema",
+        "twins": "fewer codes, or rate: 0.01",
+    }
     codebook: Tensor
     counts: Tensor
     sums: Tensor
@@ -250,7 +253,7 @@ class VQ(CodebookQuantizer):
             self.codebook.copy_(F.normalize(self.codebook, dim=1))
 
     @torch.no_grad()
-    def reestimate(self, comm: Comm) -> None:
+    def reestimate(self, comm: Comm, number: int = 0) -> None:
         if self.averages:
             pending = self._reduce(comm)
             used = pending["counts"] > 0

@@ -55,8 +55,10 @@ class Tokenizer(Pretrained, nn.Module):
         config, signal: what it was built from.
         stride: samples per cell of the coarsest grid, along each axis; any size that it divides is encoded and decoded.
         halo: receptive reach in code cells; None where it is global.
+        against_idle_level: settings to try where another sample's codes of a level cost next to nothing.
     """
 
+    against_idle_level: ClassVar[str] = "fewer stages or groups, or a longer training"
     registry: ClassVar[Registry[Any]] = TOKENIZERS
     kind: ClassVar[str] = "tokenizer"
     config: TokenizerConfig
@@ -100,7 +102,7 @@ class Tokenizer(Pretrained, nn.Module):
         raise NotImplementedError
 
     def reestimate(self, batches: Iterable[tuple[Tensor, StepRng]], comm: Comm) -> None:
-        """Moves the codebooks under averaged weights: one frozen pass over ``(x, rng)``, each rank over its share of the data."""
+        """Moves the codebooks under averaged weights: from ``(x, rng)``, each rank over its share of the data, with frozen weights."""
         raise NotImplementedError
 
     def update(self, rng: StepRng, comm: Comm) -> dict[str, Tensor]:

@@ -95,10 +95,12 @@ class VQVAE(Tokenizer):
         self.discard()
         was_training = self.training
         self.train()
-        for x, rng in batches:
-            self.quantizer(self.latents(x), rng)
+        latents = [(self.latents(x), rng) for x, rng in batches]
+        for number in range(self.quantizer.passes):
+            for z, rng in latents:
+                self.quantizer(z, rng)
+            self.quantizer.reestimate(comm, number)
         self.train(was_training)
-        self.quantizer.reestimate(comm)
 
     def update(self, rng: StepRng, comm: Comm) -> dict[str, Tensor]:
         return self.quantizer.update(rng, comm)

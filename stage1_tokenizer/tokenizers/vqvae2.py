@@ -85,6 +85,7 @@ class VQVAE2(Tokenizer):
     ``spec.prefixes`` holds what decodes alone: whole levels, and inside of a level the prefixes of its quantiser.
     """
 
+    against_idle_level = "objective.prefix_weight: 0.25 with tokenizer.prefix_blocks, or tokenizer.drop_finer: 0.1"
     config: VQVAE2Config
 
     def __init__(self, config: VQVAE2Config, signal: SignalSpec) -> None:
@@ -235,11 +236,12 @@ class VQVAE2(Tokenizer):
         self.discard()
         was_training = self.training
         for i, (name, quantizer) in enumerate(zip(self.names, self.levels(), strict=True)):
-            for x, rng in kept:
-                z = self._level_latents(i, x)
-                self.train()
-                quantizer(z, rng.sub(name))
-            quantizer.reestimate(comm)
+            latents = [(self._level_latents(i, x), rng.sub(name)) for x, rng in kept]
+            self.train()
+            for number in range(quantizer.passes):
+                for z, rng in latents:
+                    quantizer(z, rng)
+                quantizer.reestimate(comm, number)
         self.train(was_training)
 
     def _level_latents(self, level: int, x: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from stage1_tokenizer.quantizers.base import Quantized, Quantizer
 class Adapter(Quantizer):
     """Calls ``layer`` on (B, N, D) latents, the grid flattened.
 
-    What the layer does to itself in its forward, it does: ``update`` does nothing, and ``initialize`` is one forward in training.
+    What the layer does to itself in its forward, it does: ``update`` does nothing, and ``initialize`` is one forward in training. There
+    are no samples that do not count (``active``), and no other processes.
 
     Args:
         layer: the module under test; it is a submodule, so that its state is the adapter's.
@@ -57,6 +58,8 @@ class Adapter(Quantizer):
             self.initialized.fill_(True)
 
     def forward(self, z: Tensor, rng: StepRng | None = None, active: Tensor | None = None) -> Quantized:
+        if active is not None:
+            raise ValueError("active: an adapted layer counts all samples")
         grid = z.shape[2:]
         z_q, codes, loss = self._quantize(self.layer, z.flatten(2).movedim(1, -1))
         return Quantized(

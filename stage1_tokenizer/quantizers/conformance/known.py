@@ -13,6 +13,7 @@ from torch import Tensor
 from stage1_tokenizer.quantizers.base import Quantized, Quantizer
 from stage1_tokenizer.quantizers.bsq import BSQ
 from stage1_tokenizer.quantizers.composite import Composite
+from stage1_tokenizer.quantizers.conformance.adapter import Adapter
 from stage1_tokenizer.quantizers.conformance.traits import Choice, Codes, Traits, nearest_code, rows_of, table_of
 from stage1_tokenizer.quantizers.fsq import FSQ
 from stage1_tokenizer.quantizers.gumbel import Gumbel
@@ -28,6 +29,8 @@ def traits_of(quantizer: Quantizer) -> Traits:
     for kind, find in _KNOWN:
         if type(quantizer) is kind:
             return find(quantizer)
+    if isinstance(quantizer, Adapter):  # a layer from elsewhere knows neither samples that do not count nor other processes
+        return Traits(active=False, wide=False, ranks=False)
     if quantizer.straight_through:
         return Traits(surrogate=lambda _, z: z)
     return Traits()

@@ -7,9 +7,9 @@ from torch import Tensor
 
 import stage1_tokenizer.quantizers.conformance.codes  # noqa: F401  its checks stand before these
 from stage1_tokenizer.quantizers.base import Quantized, Quantizer
-from stage1_tokenizer.quantizers.conformance.compare import close, equal
+from stage1_tokenizer.quantizers.conformance.compare import close, equal, require
 from stage1_tokenizer.quantizers.conformance.kit import conformance
-from stage1_tokenizer.quantizers.conformance.report import Skipped
+from stage1_tokenizer.quantizers.conformance.report import Skipped, Violation
 from stage1_tokenizer.quantizers.conformance.subject import SAMPLES, Subject, rng
 
 TOLERANCE = 1e-5
@@ -44,16 +44,22 @@ def _gradients(s: Subject, reference: object) -> dict[str, Tensor]:
 
 @conformance("forward_is_pure")
 def gradient_of_z(s: Subject) -> str | None:
-    """The gradient of z reaches the latents as it should: unchanged, or through the function that the codes are taken after."""
+    """The gradient of z reaches the latents unchanged and no parameter, or goes through the function that the codes are taken after."""
     if s.traits.surrogate is None:
         raise Skipped("the function whose gradient z has is not known for it")
     q: Quantizer = s.fresh()
     z = s.batch(7).requires_grad_()
     weight = s.batch(8)
-    (given,) = torch.autograd.grad((q(z, rng(0, SAMPLES)).z * weight).sum(), z)
+    parameters = dict(q.named_parameters())
+    total = (q(z, rng(0, SAMPLES)).z * weight).sum()
+    given, *leaks = torch.autograd.grad(total, [z, *parameters.values()], allow_unused=True)
+    if given is None:
+        raise Violation("no gradient of z reaches the latents")
     (expected,) = torch.autograd.grad((s.traits.surrogate(q, z) * weight).sum(), z)
     if q.straight_through:
         equal(given, weight, "straight-through: the gradient at z_e against that at z_q")
+        for name, leak in zip(parameters, leaks, strict=True):
+            require(leak is None or not bool(leak.any()), f"straight-through: the gradient of z reaches the parameter {name}")
     factor = float((given * expected).sum() / expected.square().sum().clamp_min(1e-12))
     close(given, expected, f"the gradient at z_e, {factor:.4g} times what is expected on average", TOLERANCE)
     return None

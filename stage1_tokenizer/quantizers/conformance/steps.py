@@ -23,7 +23,7 @@ def moving_averages(s: Subject) -> str | None:
     """The codebook is a reference running mean: gamma on counts and sums, smoothing for the division only."""
     t = s.traits
     if t.ema is None:
-        raise Skipped("it has no moving averages")
+        raise Skipped("moving averages of one table of all its codes are not known of it")
     q = s.fresh(torch.float64)
     counts, sums = (q.get_buffer(name).clone() for name in (t.counts, t.sums))
     table = s.table(q)

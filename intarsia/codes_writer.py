@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from intarsia.codes_folder import FACTS, PLAN, WORK, clear, goes_on, is_complete
 from intarsia.codes_format import (
     MANIFEST,
     CodesError,
@@ -26,21 +27,21 @@ from intarsia.codes_format import (
     shard_ranges,
     write_table,
 )
-from intarsia.codes_plan import SplitPlan, first_difference, plan_of, plan_tree
+from intarsia.codes_plan import SplitPlan, plan_tree
 from intarsia.distributed import Comm, comm
 from intarsia.files import json_bytes, read_json, write_atomic
 from intarsia.lock import RunLock
 from intarsia.specs import LevelSpec, SignalSpec, to_plain
 from intarsia.tally import Tally
 
-WORK, PLAN, FACTS = ".dump", "plan.json", ".facts.json"  # while a dump runs: its plan, and what each shard that is done holds
+LEFT = "left.json"  # beside the plan: the numbers of the shards that are left to write
 
 
 class CodesWriter:
     """Writes the shards of a set of codes; every rank makes one and writes those that ``mine`` deals to it.
 
     A shard is a fixed range of rows and one file, so the number of ranks changes no byte. A killed dump is resumed by
-    making the same writer again: shards that are done, of the same plan and whole, are kept; those of another plan are removed.
+    making the same writer again: shards that are done, of the same plan and whole, are kept, and what is left is dealt anew.
 
     Args:
         folder: made where missing; must be empty, or hold a dump.
@@ -55,7 +56,7 @@ class CodesWriter:
         complete: the folder already holds this very dump: nothing is left to write.
 
     Raises:
-        CodesError: a bad argument, a complete dump of another tokenizer or other data, or a folder of something else.
+        CodesError: a bad argument, shards of another tokenizer or other data, or a folder of something else.
     """
 
     def __init__(
@@ -76,59 +77,40 @@ class CodesWriter:
         self.classes = tuple(classes)
         self._shards = [s for name, p in splits.items() for s in shard_ranges(name, p.samples * p.views, shard_rows)]
         self._lock: RunLock | None = None
-        self.complete = self._is_complete()
+        self.complete = is_complete(self.folder, self.plan)
         comm.barrier()  # all have looked before one changes anything
         if comm.rank == 0 and not self.complete:
             self._prepare()
         comm.barrier()
+        left = [] if self.complete else read_json(self.folder / WORK / LEFT, CodesError)
+        self._mine = [self._shards[number] for number in left[comm.rank :: comm.world_size]]
 
     # Before ----------------------------------------------------------------------------------------------------
-    def _is_complete(self) -> bool:
-        """True where this very dump is there; an error where another is."""
-        if (self.folder / MANIFEST).exists():
-            difference = first_difference(plan_of(read_manifest(self.folder)), self.plan)
-            if difference:
-                path, there, here = difference
-                what = "another tokenizer" if path == "tokenizer.fingerprint" else "something else"
-                raise CodesError(f"out: {self.folder} holds a complete dump of {what}: {path} is {there!r} there and {here!r} here")
-            return True
-        if self.folder.exists() and not self.folder.is_dir():
-            raise CodesError(f"out: {self.folder} is a file; expected a folder")
-        if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / WORK).is_dir():
-            raise CodesError(f"out: {self.folder} is not empty and holds no dump of codes; choose another folder")
-        return False
-
     def _prepare(self) -> None:
         work = self.folder / WORK
         try:
             work.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CodesError(f"out: {self.folder} cannot be written to: {error.strerror}") from error
-        self._lock = RunLock(work)
+        self._lock = RunLock(work, "out")
         weakref.finalize(self, self._lock.release)  # where a dump is given up without close
         for left in self.folder.rglob(".tmp-*"):
             left.unlink()
         try:
-            old = read_json(work / PLAN, CodesError)
-        except (CodesError, FileNotFoundError):
-            old = None  # a new dump, or one that was killed before its plan was whole: there is nothing to keep
-        if old != self.plan:
-            older = old.get("splits") if isinstance(old, dict) else None
-            for name in {*self.splits, *(older if isinstance(older, dict) else ())}:
-                if name.isidentifier() and (self.folder / name).is_dir():
-                    shutil.rmtree(self.folder / name)
-            for facts in work.glob(f"*{FACTS}"):
-                facts.unlink()
-            write_atomic(work / PLAN, json_bytes(self.plan))
+            if not goes_on(self.folder, self.plan):
+                clear(self.folder, self.splits)
+                write_atomic(work / PLAN, json_bytes(self.plan))
+        except BaseException:
+            self._lock.release()
+            raise
         for name in self.splits:
             (self.folder / name).mkdir(exist_ok=True)
+        write_atomic(work / LEFT, json_bytes([i for i, shard in enumerate(self._shards) if self._facts(shard) is None]))
 
     # Shards ----------------------------------------------------------------------------------------------------
     def mine(self) -> list[ShardRange]:
-        """The shards that this rank has to write: dealt round-robin, less those that an earlier, killed dump left whole."""
-        if self.complete:
-            return []
-        return [s for s in self._shards[self.comm.rank :: self.comm.world_size] if self._facts(s) is None]
+        """The shards that this rank has to write: those that an earlier, killed dump did not leave whole, dealt round-robin."""
+        return list(self._mine)
 
     def _facts_path(self, shard: ShardRange) -> Path:
         return self.folder / WORK / f"{shard.split}-{shard.number:05d}{FACTS}"

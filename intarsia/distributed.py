@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -78,6 +79,20 @@ class Comm:
         """Waits for every rank."""
         if world_size() > 1:
             dist.barrier()
+
+    def long_barrier(self, seconds: float) -> Callable[[], None]:
+        """A barrier to be called once, at which ranks wait for up to ``seconds`` instead of the group's timeout; all ranks make it first,
+        before one of them begins what takes long."""
+        if world_size() == 1:
+            return lambda: None
+        group = dist.new_group(timeout=timedelta(seconds=seconds), backend="gloo")  # which waits on CPUs, whatever the ranks compute on
+        assert isinstance(group, dist.ProcessGroup)  # as every rank is in it
+
+        def wait() -> None:
+            dist.barrier(group)
+            dist.destroy_process_group(group)
+
+        return wait
 
 
 comm = Comm()

@@ -25,6 +25,14 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def why_not_writable(folder: Path) -> str | None:
+    """Why ``folder`` cannot be made and written to, as far as that shows without writing; None where nothing speaks against it."""
+    nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+    if not nearest.is_dir():
+        return os.strerror(errno.ENOTDIR)
+    return None if os.access(nearest, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
+
+
 class DiskFullError(OSError):
     """There is no room for a file; the message holds its path, the bytes needed (where known) and those free."""
 

@@ -154,8 +154,8 @@ class Pretrained:
         """The registered class that ``config.json`` names, on the CPU, in eval mode.
 
         Args:
-            path_or_repo: a folder, or a Hub id ``user/name``.
-            subfolder: such as ``priors/0``.
+            path_or_repo: a folder, or a Hub id: ``user/name``, ``user/name@revision``, ``user/name//subfolder``.
+            subfolder: such as ``priors/0``, below that of the name.
             revision: a commit, branch or tag of the Hub; the weights come from the same commit as the configuration.
             local_files_only: take them from the Hub's cache.
             token: as in huggingface_hub; by default the environment's or that of the login.

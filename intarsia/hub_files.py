@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import stat
@@ -14,7 +15,9 @@ from intarsia import yaml_io
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 PUBLISHED = (CONFIG, WEIGHTS, CARD, "pipeline.json", "samples.png")
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_REFERENCE = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^@\s]+?))?(?://(?P<subfolder>.+))?"
+)  # user/name@revision//subfolder
 
 
 class HubError(ValueError):
@@ -23,7 +26,7 @@ class HubError(ValueError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Files of one repository at one commit. ``revision`` is None for a local folder."""
+    """Files at one commit of a repository, or below a folder in it. ``revision`` is None for a local folder."""
 
     folder: Path
     revision: str | None
@@ -57,17 +60,53 @@ def check_file(path: Path) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class HubReference:
+    """What ``user/name@revision//subfolder`` names; revision and subfolder may be left out."""
+
+    repo: str
+    revision: str | None
+    subfolder: str
+
+    def pinned(self, revision: str | None) -> str | None:
+        """The revision to ask for where ``revision`` is given beside the name. A commit (40 hex digits) takes the place of the branch or
+        tag in the name, which it was once found under; anything else that differs is refused with a HubError."""
+        if None in (revision, self.revision) or revision == self.revision or re.fullmatch(r"[0-9a-f]{40}", str(revision)):
+            return revision or self.revision
+        raise HubError(f"revision: {revision!r} was given, but the name {self.repo}@{self.revision} says {self.revision!r}")
+
+
+def hub_reference(path_or_repo: str | Path) -> HubReference | None:
+    """None for what cannot be a Hub id. A folder of that name, which comes first, is the caller's to look for."""
+    found = _REFERENCE.fullmatch(path_or_repo) if isinstance(path_or_repo, str) else None
+    return None if found is None else HubReference(found["repo"], found["revision"], check_subfolder(found["subfolder"] or ""))
+
+
 def check_source(name: str, path_or_repo: str | Path) -> None:
-    """Raises HubError, naming the argument where it has a ``name``, for what is neither a folder nor could be a Hub id."""
-    could_be = isinstance(path_or_repo, str) and _REPO_ID.fullmatch(path_or_repo)
-    if not could_be and not (str(path_or_repo) and Path(path_or_repo).is_dir()):
-        raise HubError(f"{name}{': ' if name else ''}{str(path_or_repo)!r} is neither a folder nor a Hub id such as 'user/name'")
+    """Raises HubError, naming the argument where it has a ``name``, for what is neither a folder nor could be a Hub id.
+
+    What begins with a folder that is here is a path and no Hub id, unless it names a revision.
+    """
+    if str(path_or_repo) and Path(path_or_repo).is_dir():
+        return
+    label, found = f"{name}: " if name else "", hub_reference(path_or_repo)
+    if found is None:
+        raise HubError(f"{label}{str(path_or_repo)!r} is neither a folder nor a Hub id such as 'user/name'")
+    above, last = found.repo.split("/")
+    if found.revision is None and Path(above).is_dir():
+        near = difflib.get_close_matches(last, sorted(path.name for path in Path(above).iterdir()), n=1)
+        hint = f"did you mean '{above}/{near[0]}'? " if near else ""
+        raise HubError(f"{label}there is no folder {found.repo!r}; {hint}a repository of that name on the Hub is '{found.repo}@main'")
 
 
 def release_folder(path: str | Path) -> str:
-    """A run folder's ``model/``; any other path or Hub id as it is."""
+    """A run folder's ``model/``; any other path or Hub id (see ``fetch``) as it is. Raises HubError for a run without a release."""
     inner = Path(path) / "model"
-    return str(inner) if (inner / CONFIG).is_file() else str(path)
+    if (inner / CONFIG).is_file():
+        return str(inner)
+    if (Path(path) / "config.yaml").is_file() and not (Path(path) / CONFIG).exists():
+        raise HubError(f"{inner}: there is no such folder; the run has not released a model yet")
+    return str(path)
 
 
 def fetch(
@@ -83,6 +122,10 @@ def fetch(
     All files come from one commit: pass the returned ``revision`` on to fetch more of the same. Offline (``HF_HUB_OFFLINE=1``
     or ``local_files_only``) they come from the Hub's cache.
 
+    Args:
+        path_or_repo: a folder, or on the Hub ``user/name``, ``user/name@revision``, ``user/name//subfolder`` or
+            ``user/name@revision//subfolder``; a folder of exactly that name comes first.
+
     Raises HubError where a file, the repository or the revision is missing.
     """
     for name in files:
@@ -97,13 +140,16 @@ def fetch(
             check_file(local / name)
         return Snapshot(local, None)
     check_source("", path_or_repo)
+    where = hub_reference(path_or_repo)
+    assert where is not None
+    revision = where.pinned(revision)
     from huggingface_hub import errors as hf
     from huggingface_hub import hf_hub_download
 
     folder: Path | None = None
-    for name in files:
+    for name in (str(PurePosixPath(where.subfolder, name)) for name in files):
         try:
-            found = Path(hf_hub_download(str(path_or_repo), name, revision=revision, local_files_only=local_files_only, token=token))
+            found = Path(hf_hub_download(where.repo, name, revision=revision, local_files_only=local_files_only, token=token))
         except hf.LocalEntryNotFoundError as error:
             reason = _line(error.__cause__ or error)
             raise HubError(f"{path_or_repo}: {name} is not in the cache and could not be fetched: {reason}") from error
@@ -120,7 +166,7 @@ def fetch(
         check_file(found)
     if folder is None:
         raise HubError("files: none were asked for")
-    return Snapshot(folder, revision)
+    return Snapshot(folder / where.subfolder, revision)
 
 
 def _line(error: BaseException) -> str:

@@ -76,7 +76,7 @@ class RunConfig(Config):
     workers: Place[NotNegative] = 1
     """Threads that prepare batches ahead, where data are not in memory; 0 = none. The result does not depend on it."""
     init: str | None = None
-    """Start from this release: a folder, a run's model/, or a Hub id."""
+    """Start from this release: a folder, a run's model/, or a Hub id (user/name, user/name@revision, user/name//subfolder)."""
     max_bad_steps: Place[NotNegative] = 0
     """Steps in a row with NaN or inf that are skipped before the run ends; 0 = the first one ends it."""
     deterministic: Place[bool] = True

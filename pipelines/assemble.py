@@ -8,6 +8,7 @@ from pydantic import Field
 
 from intarsia.cli import parse, run_main
 from intarsia.config import Config, Place
+from pipelines.paths import split_paths
 from pipelines.sampling_config import ALIASES, SamplingConfig
 from pipelines.two_stage import TwoStagePipeline
 
@@ -20,17 +21,20 @@ class AssembleConfig(Config):
     tokenizer: Place[Annotated[str, Field(min_length=1)]]
     """A run folder, the folder of a release, or a Hub id."""
     priors: Place[Annotated[str, Field(min_length=1)]]
-    """Likewise; several joined by commas, coarse to fine."""
+    """Likewise; several joined by commas, coarse to fine. A path that holds a comma can stand alone."""
     out: Place[Annotated[str, Field(min_length=1)]]
     """The folder of the pipeline."""
     sampling: SamplingConfig = SamplingConfig()
     """The sampling options that pipeline.json keeps as its defaults."""
+    micro_batch: Annotated[int | None, Field(ge=1)] = None
+    """Samples that a prior draws at a time, 32 where null: fewer need less memory, more are faster. It decides the bits of samples."""
 
 
 def main(argv: list[str] | None = None) -> None:
     config, flags = parse(AssembleConfig, argv, ALIASES, PROGRAM)
-    priors = [path.strip() for path in config.priors.split(",")]
-    pipeline = TwoStagePipeline.from_runs(config.tokenizer, priors, defaults=config.sampling.given())
+    settings = {} if config.micro_batch is None else {"micro_batch": config.micro_batch}
+    priors = split_paths(config.priors)
+    pipeline = TwoStagePipeline.from_runs(config.tokenizer, priors, defaults=config.sampling.given(), **settings)
     if flags.check or flags.dry_run:
         print(f"{pipeline}: the parts fit; nothing was written")
         return

@@ -7,6 +7,8 @@ the samples stands that of the baseline without a prior: codes drawn independent
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,10 +18,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from intarsia.cli import parse, run_main
+from intarsia.cli import UserError, parse, run_main
 from intarsia.config import ConfigError, Place
 from intarsia.files import finite_or_null, json_bytes, write_atomic
+from intarsia.machine import SPARE_BYTES
 from intarsia.pictures import save_grid, save_strips
+from intarsia.specs import SignalSpec
 from pipelines.evaluation.baseline import IndependentCodes
 from pipelines.evaluation.bits import bits_report
 from pipelines.evaluation.features import FeatureModel, load_features
@@ -29,12 +33,14 @@ from pipelines.evaluation.report import describe_pipeline, memorisation_figures,
 from pipelines.evaluation.sets import ImageSet, balanced_labels, measure
 from pipelines.evaluation.settings import (
     MeasureConfig,
+    Reference,
     SplitName,
     check_fit,
     check_script,
     choose_reference,
     data_name,
     load_pipeline,
+    made_folder,
     measure_reference,
     measure_samples,
 )
@@ -82,18 +88,37 @@ class Evaluation:
     order: Tensor
 
 
-def evaluate_pipeline(pipeline: TwoStagePipeline, source: Source, model: FeatureModel, config: EvaluateConfig) -> Evaluation:
-    """All figures. The pipeline stays on its device; ``config`` says how many, which splits and which seed."""
+def checked_reference(pipeline: TwoStagePipeline, source: Source, config: EvaluateConfig) -> Reference:
+    """The reference images; raises ValueError for all that keeps these figures from being measured, before any work."""
     check_fit(pipeline, source)
+    if (held := len(source.split(config.split))) < 2:
+        raise ConfigError([f"split: {config.split} has {held} image(s); figures need at least 2"])
+    pipeline.stream(1, seed=config.seed, **config.sampling.given())
+    return choose_reference(source, config, bool(pipeline.classes))
+
+
+def check_room(folder: Path, signal: SignalSpec, n: int, allow_low_space: bool) -> None:
+    """Raises UserError naming ``out`` where the folder's disk has no room for ``n`` images of 8 bits."""
+    needed, free = SPARE_BYTES + n * signal.channels * math.prod(signal.shape), shutil.disk_usage(folder).free
+    if free < needed and not allow_low_space:
+        raise UserError(f"out: {folder}: {needed} bytes are needed for {n} images, {free} are free; --allow_low_space starts anyway")
+
+
+def evaluate_pipeline(
+    pipeline: TwoStagePipeline, source: Source, model: FeatureModel, config: EvaluateConfig, folder: Path | None = None
+) -> Evaluation:
+    """All figures. The pipeline stays on its device; ``config`` says how many, which splits and which seed.
+
+    Args:
+        folder: of temporary files; the system's where None.
+    """
+    chosen = checked_reference(pipeline, source, config)
     held_split, train = source.split(config.split), source.split("train")
-    if len(held_split) < 2:
-        raise ConfigError([f"split: {config.split} has {len(held_split)} image(s); figures need at least 2"])
-    chosen = choose_reference(source, config, bool(pipeline.classes))
     balanced = chosen.balanced
 
     print(f"drawing {config.n} samples", flush=True)
     asked = chosen.labels(pipeline, config.n, config.seed)
-    samples, seconds = measure_samples(pipeline, config, chosen, model, kept=True)
+    samples, seconds = measure_samples(pipeline, config, chosen, model, kept=True, folder=folder)
 
     print(f"reconstructing {len(held_split)} {config.split} images and searching {len(train)} train images", flush=True)
     held = evaluate_held_out(pipeline, held_split, model)
@@ -110,7 +135,7 @@ def evaluate_pipeline(pipeline: TwoStagePipeline, source: Source, model: Feature
     baseline = IndependentCodes(levels[modelled], train_codes[modelled], train.labels, len(source.classes))
     drawn = asked if asked is not None else baseline.draw_labels(torch.arange(config.n), config.seed)
     batches = baseline_batches(pipeline, baseline, config.n, drawn, config.seed)
-    independent = measure("baseline", batches, model, images=COLUMNS * ROWS, balanced=balanced)
+    independent = measure("baseline", batches, model, images=COLUMNS * ROWS, folder=folder, balanced=balanced)
     reference = measure_reference(source, config, chosen, model)
 
     print("figures", flush=True)
@@ -166,33 +191,32 @@ def draw(evaluation: Evaluation, source: Source, out: Path) -> None:
 
 
 def _draw_rows(found: ImageSet, classes: Sequence[str], path: Path, title: str) -> None:
-    """A row per class where classes come in turn, else a plain grid."""
+    """A row per class, of fewer columns where there are few images, where classes come in turn and each has one; else a plain grid."""
     assert found.images is not None
     x = found.images[: COLUMNS * ROWS].float() / 255
-    rows = min(len(classes), len(x) // COLUMNS)
-    if rows < 2 or found.labels is None or not torch.equal(found.labels, balanced_labels(len(found), len(classes))):
+    columns = min(COLUMNS, len(x) // max(1, len(classes)))
+    in_turn = found.labels is not None and torch.equal(found.labels, balanced_labels(len(found), max(1, len(classes))))
+    if len(classes) < 2 or columns < 1 or not in_turn:
         save_grid(path, x, columns=COLUMNS, title=title)
         return
-    turns = len(x) // len(classes)
-    columns = min(COLUMNS, turns) if turns else 1
-    shown = [x[c :: len(classes)][:columns] for c in range(rows)]
-    save_grid(path, torch.cat(shown), columns=columns, row_labels=classes[:rows], title=title)
+    shown = [x[c :: len(classes)][:columns] for c in range(len(classes))]
+    save_grid(path, torch.cat(shown), columns=columns, row_labels=classes, title=title)
 
 
 def main(argv: list[str] | None = None) -> None:
     config, flags = parse(EvaluateConfig, argv, ALIASES, PROGRAM)
     check_script(flags)
-    out = Path(config.out)
     device = device_of(config.device)
     source = SOURCES.build(config.data)
     pipeline = load_pipeline(config.pipeline, device)
     model = load_features(config.features, source.signal, device)
-    check_fit(pipeline, source)
+    checked_reference(pipeline, source, config)
     print(f"{pipeline}; features: {model.name}; data: {data_name(config.data)}", flush=True)
     if flags.check or flags.dry_run:
         return
-    out.mkdir(parents=True, exist_ok=True)  # what cannot be written to is said before the work
-    evaluation = evaluate_pipeline(pipeline, source, model, config)
+    out = made_folder(config.out)
+    check_room(out, source.signal, config.n + COLUMNS * ROWS, flags.allow_low_space)
+    evaluation = evaluate_pipeline(pipeline, source, model, config, out)
     draw(evaluation, source, out)
     spent = timing(evaluation.seconds, config.n, device)
     write_atomic(out / TIMING, json_bytes(spent.to_dict()))

@@ -2,14 +2,14 @@
 
 A part of held-out images is drawn anew, and a judge, another pipeline on the same tokenizer's codes, says what the whole then
 costs in bits: beside the images as they were, and beside codes drawn independently from the frequencies of their position and
-class (``IndependentCodes``), in the same places. completions.json and completions.png.
+class (``IndependentCodes``), in the same places. The known codes of both are of images whose part is filled from its border
+(``masks.filled``), so that nothing of what is to be drawn is told by them. completions.json and completions.png.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -25,8 +25,8 @@ from pipelines.evaluation.baseline import IndependentCodes
 from pipelines.evaluation.bootstrap import LEVEL, mean_estimate
 from pipelines.evaluation.report import describe_pipeline
 from pipelines.evaluation.sets import BATCH
-from pipelines.evaluation.settings import SplitName, check_fit, check_script, data_name, load_pipeline
-from pipelines.masks import kept_cells
+from pipelines.evaluation.settings import SplitName, check_fit, check_script, data_name, load_pipeline, made_folder
+from pipelines.masks import filled, kept_cells
 from pipelines.options import merged_options
 from pipelines.sample import device_of
 from pipelines.sampling_config import ALIASES, SamplingConfig
@@ -94,9 +94,18 @@ def check_pair(pipeline: TwoStagePipeline, judge: TwoStagePipeline, source: Sour
         raise ValueError(f"judge: its priors model {its} level(s) of codes; those of the pipeline {mine}")
 
 
-def encoded(pipeline: TwoStagePipeline, split: Split, rows: Tensor) -> list[Tensor]:
-    """Codes of rows of a split on the CPU, one (n, *grid) int64 tensor for each level that the priors model."""
-    parts = [[c.cpu() for c in pipeline.encode(unit(split.batch(some)["x"]))] for some in rows.split(BATCH)]
+def encoded(pipeline: TwoStagePipeline, split: Split, rows: Tensor, hidden: Part | None = None) -> list[Tensor]:
+    """Codes of rows of a split on the CPU, one (n, *grid) int64 tensor for each level that the priors model.
+
+    Args:
+        hidden: what is filled from its border before: encoders see far, those with group norm everything.
+    """
+
+    def codes(some: Tensor) -> list[Tensor]:
+        x = unit(split.batch(some)["x"])
+        return pipeline.encode(x if hidden is None else filled(x, part_mask(hidden, len(x), pipeline.signal.shape)))
+
+    parts = [[c.cpu() for c in codes(some)] for some in rows.split(BATCH)]
     return [torch.cat(level) for level in zip(*parts, strict=True)][: pipeline.priors[-1].levels.stop]
 
 
@@ -112,18 +121,18 @@ def measure_completions(
     split, train = source.split(config.split), source.split("train")
     rows = torch.arange(min(config.n, len(split)))
     label = None if split.labels is None else split.labels[rows]
-    codes = encoded(pipeline, split, rows)
+    codes, told = encoded(pipeline, split, rows), encoded(pipeline, split, rows, config.part)
     mask = part_mask(config.part, len(rows), pipeline.signal.shape)
     keep = [kept_cells(mask, level.shape) for level in pipeline.spec.levels[: len(codes)]]
     drawn = sum(int((~k[0]).sum()) for k in keep)
 
     known = label if pipeline.classes else None
     with called("part"):
-        completed = [c.cpu() for c in pipeline.complete_codes(codes, keep, label=known, seed=config.seed, **config.sampling.given())]
+        completed = [c.cpu() for c in pipeline.complete_codes(told, keep, label=known, seed=config.seed, **config.sampling.given())]
     levels = pipeline.spec.levels[: len(codes)]
     baseline = IndependentCodes(levels, encoded(pipeline, train, torch.arange(len(train))), train.labels, len(source.classes))
     marginal = baseline.sample(rows, label if baseline.labels is not None else None, config.seed)
-    independent = [torch.where(k, c, other) for k, c, other in zip(keep, codes, marginal, strict=True)]
+    independent = [torch.where(k, c, other) for k, c, other in zip(keep, told, marginal, strict=True)]
 
     sets = {"real": codes, "completed": completed, "independent": independent}
     judged = label if judge.classes else None
@@ -180,9 +189,8 @@ def main(argv: list[str] | None = None) -> None:
     check_pair(pipeline, judge, source)
     if flags.check or flags.dry_run:
         return
+    out = made_folder(config.out)
     tree, pictures = measure_completions(pipeline, judge, source, config)
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "completions.json", json_bytes(finite_or_null(tree)))
     save_strips(out / "completions.png", pictures, title=f"Completions: {config.part}")
     print(table_text(tree))

@@ -40,6 +40,28 @@ def kept_cells(mask: Tensor, grid: Sequence[int]) -> Tensor:
     return touched[:, 0] == 0
 
 
+def filled(x: Tensor, mask: Tensor) -> Tensor:
+    """``x`` (n, C, *axes) with each sample under the mask (n, 1, *axes) replaced by the nearest known one along an axis.
+
+    Beside a straight border that is the border repeated, as ``enlarged`` does it. Raises ValueError where a mask leaves nothing known.
+    """
+    if bool(mask.flatten(1).all(1).any()):
+        raise ValueError(f"mask: row {int(mask.flatten(1).all(1).nonzero()[0, 0])} leaves nothing known")
+    while bool(mask.any()):
+        nearest, best = torch.full(mask.shape, max(x.shape[2:]), device=x.device), x
+        for axis in range(2, x.ndim):
+            place = torch.arange(x.shape[axis], device=x.device).view(-1, *[1] * (x.ndim - axis - 1))
+            before = place.masked_fill(mask, -1).cummax(axis).values
+            after = place.masked_fill(mask, x.shape[axis]).flip(axis).cummin(axis).values.flip(axis)
+            for known, there in ((before, before >= 0), (after, after < x.shape[axis])):
+                nearer = there & mask & ((place - known).abs() < nearest)
+                nearest = torch.where(nearer, (place - known).abs(), nearest)
+                values = x.gather(axis, known.clamp(0, x.shape[axis] - 1).expand_as(x))
+                best = torch.where(nearer, values, best)
+        x, mask = best, mask & (nearest == max(x.shape[2:]))
+    return x
+
+
 def generated_share(mask: Tensor, blend: int) -> Tensor:
     """(n, 1, *axes) float32: 1 inside the mask, falling linearly to 0 over ``blend`` samples outside of it (Chebyshev distance)."""
     share = mask.float()

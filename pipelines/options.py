@@ -47,15 +47,36 @@ def route_options(priors: Sequence[Prior], *layers: Mapping[str, Any]) -> Routed
     A plain value goes to every prior that has the option (``guidance``, as the label, to those that take labels), a mapping
     {name of a level: value} to the prior that models the level. ``guidance`` with ``start`` and ``stop`` is a plain value.
 
+    An ``order`` or a temperature of 0, which have no use for ``noise``, take the noise of earlier layers away: a default must not stand in
+    their way.
+
     Raises:
         ValueError: for an option that no prior has, or not the one that models a named level, with the list of what they have;
-            for an unknown level.
+            for an unknown level, and for a mapping that names none.
     """
     routed: Routed = tuple({} for _ in priors)
+    for layer in layers:
+        for own, over in zip(routed, _route(priors, layer), strict=True):
+            idle = [level for level, order in over.get("order", {}).items() if order != "confidence"]
+            idle += [level for level, temperature in over.get("temperature", {}).items() if temperature == 0]
+            for level in idle:
+                own.get("noise", {}).pop(level, None)
+            for name, values in over.items():
+                own[name] = own.get(name, {}) | values
+            if own.get("noise") == {}:
+                del own["noise"]
+    return routed
+
+
+def _route(priors: Sequence[Prior], layer: Mapping[str, Any]) -> Routed:
+    """``route_options`` of one layer."""
+    routed: Routed = tuple({} for _ in priors)
     owner = {level.name: i for i, prior in enumerate(priors) for level in prior.own}
-    for name, value in [item for layer in layers for item in layer.items()]:
+    for name, value in layer.items():
         if not any(name in option_names(prior) for prior in priors):
             raise ValueError(f"{name}: no prior of this pipeline has such a sampling option; {_possessions(priors)}")
+        if isinstance(value, Mapping) and not value:
+            raise ValueError(f"{name}: an empty mapping; expected a value, or one for at least one of {', '.join(owner)}")
         if isinstance(value, Mapping) and not _is_schedule(name, value, owner):
             for level, one in value.items():
                 if level not in owner:

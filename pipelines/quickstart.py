@@ -1,30 +1,34 @@
 """The whole way on the bundled images, by one command: ``python -m pipelines.quickstart``.
 
 Each stage is an ordinary command, printed before it runs. Interrupted, the same command goes on where it was: every stage
-resumes or is done already. In the end the run folder holds samples.png, reconstructions.png, curves.png, codebook.png,
-metrics.json and ``pipeline/``, which ``TwoStagePipeline.from_pretrained`` loads.
+resumes or is done already; where the tokenizer has gone on since (after ``--max_steps``), its codes and their prior are made anew. In
+the end the run folder holds samples.png, reconstructions.png, curves.png, codebook.png, metrics.json and ``pipeline/``, which
+``TwoStagePipeline.from_pretrained`` loads.
 """
 
 from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from intarsia.cli import Flags, UserError, parse, run_main
 from intarsia.config import Config, Place, Seed
-from intarsia.files import json_bytes, write_atomic
+from intarsia.files import json_bytes, read_json, write_atomic
 from intarsia.machine import check_folder
 from stage1_tokenizer.run_data import run_data
 
 PROGRAM = "python -m pipelines.quickstart"
+SECONDS = "seconds.json"  # of each stage, over all attempts
 
 
 class QuickstartConfig(Config):
@@ -71,6 +75,49 @@ def run_stage(name: str, arguments: Sequence[str]) -> None:
         raise SystemExit(code if code > 0 else 128 - code)
 
 
+def spent(run: Path) -> dict[str, float]:
+    """Seconds of each stage so far. Raises UserError for a damaged file."""
+    path = run / SECONDS
+    found = read_json(path, UserError) if path.exists() else {}
+    if not isinstance(found, dict) or not all(isinstance(value, int | float) for value in found.values()):
+        raise UserError(f"{path}: holds no seconds of stages; remove it to count anew")
+    return found
+
+
+@contextmanager
+def timed(run: Path, name: str) -> Iterator[None]:
+    """Adds the seconds of a stage to those of earlier attempts, also where it fails."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        before = spent(run)
+        write_atomic(run / SECONDS, json_bytes(before | {name: round(before.get(name, 0.0) + time.monotonic() - start, 1)}))
+
+
+def _told(path: Path, *keys: str) -> Any:
+    """What a JSON file says at ``keys``; None where it is missing or does not say it."""
+    tree = read_json(path, UserError) if path.is_file() else None
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def drop_stale(run: Path) -> None:
+    """Removes the prior and the codes where another tokenizer than the one that is there now made the codes, and their seconds."""
+    now = _told(run / "tokenizer/model/config.json", "fingerprint")
+    made_by = {
+        "prior": _told(run / "prior/codes.json", "spec", "fingerprint"),
+        "codes": _told(run / "codes/codes.json", "tokenizer", "fingerprint"),
+    }
+    stale = [name for name, before in made_by.items() if None not in (now, before) and before != now]
+    for name in stale:
+        print(f"\n{run / name}: of the tokenizer {made_by[name][:12]}, which is {now[:12]} now: removed, to be made anew", flush=True)
+        shutil.rmtree(run / name)
+    if stale:
+        write_atomic(run / SECONDS, json_bytes({name: s for name, s in spent(run).items() if name not in stale}))
+
+
 def gather(run: Path, seconds: dict[str, float]) -> None:
     """The pictures and figures of the stages, in one place."""
     from intarsia.pictures import save_curves
@@ -92,13 +139,14 @@ def quickstart(config: QuickstartConfig, flags: Flags) -> None:
             print(f"[{name}] python -m {shlex.join(arguments)}")
         return
     run = check_folder(config.run)
-    seconds: dict[str, float] = {}
     for name, arguments in stages(config, flags.max_steps):
         if name == "samples":
             arguments = [*arguments, f"--data={run_data(run / 'tokenizer')}"]
-        start = time.monotonic()
-        run_stage(name, arguments)
-        seconds[name] = round(time.monotonic() - start, 1)
+        if name == "codes":
+            drop_stale(run)
+        with timed(run, name):
+            run_stage(name, arguments)
+    seconds = spent(run)
     gather(run, seconds)
     print(f"\nDone in {sum(seconds.values()) / 60:.1f} minutes: {', '.join(f'{name} {s:.0f} s' for name, s in seconds.items())}")
     print(f"Look at {run}/samples.png, or go on in Python:\n")

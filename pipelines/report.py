@@ -17,6 +17,7 @@ from intarsia.cli import UserError, parse, run_main
 from intarsia.config import Config, Place
 from intarsia.files import read_json, write_atomic
 from pipelines.evaluation.timing import TIMING
+from pipelines.paths import split_paths
 
 PROGRAM = "python -m pipelines.report"
 FIGURES = "evaluation.json"
@@ -121,7 +122,7 @@ def markdown(rows: Sequence[Row], mixed: bool = False) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     config, flags = parse(ReportConfig, argv, program=PROGRAM)
-    rows = [read_row(folder.strip()) for folder in config.evaluations.split(",")]
+    rows = [read_row(folder) for folder in split_paths(config.evaluations)]
     text = markdown(rows, config.mixed)
     print(text, end="")
     if config.out and not (flags.check or flags.dry_run):

@@ -55,7 +55,7 @@ class SampleConfig(Config):
     shard: Annotated[int, Field(ge=1)] = 1000
     """In a folder: consecutive samples that one process draws."""
     batch_size: Place[Annotated[int | None, Field(ge=1)]] = None
-    """How many are in the making at once; the samples do not depend on it."""
+    """How many are in the making at once; the samples do not depend on it. Fewer than the pipeline's micro_batch save no memory."""
     device: Place[str] = "auto"
     """auto, cpu, cuda; with one process also cuda:1, ..."""
     timeout: Place[Annotated[float, Field(gt=0)]] = 3600.0
@@ -159,6 +159,9 @@ def run(config: SampleConfig, flags: Flags) -> None:
         batch_size=config.batch_size,
     )
     pipeline.stream(1, first=plan.first, label=plan.labels(plan.first, 1), seed=plan.seed, batch_size=plan.batch_size, **plan.options)
+    if config.batch_size is not None and config.batch_size < pipeline.micro_batch and comm.rank == 0:
+        padded = f"batch_size: {config.batch_size} is below the pipeline's micro_batch, {pipeline.micro_batch}, to which batches are padded"
+        print(f"{padded}: it saves no memory; pipelines.assemble --micro_batch does", flush=True)
     if flags.check:
         print(f"{pipeline}: {config.n} samples would be written to {path}")
         return

@@ -54,7 +54,7 @@ class SetPlan:
     batch_size: int | None = None
 
     def tree(self, pipeline: TwoStagePipeline) -> dict[str, Any]:
-        """All that decides the bytes but the seed, the device and the number of threads."""
+        """All that decides the bytes but the seed."""
         routed = route_options(pipeline.priors, pipeline.defaults, self.options)
         return {
             "format": FORMAT,
@@ -66,35 +66,48 @@ class SetPlan:
             "shard": self.shard,
             "sampling": [plain_options(own) for own in routed],
             "micro_batch": pipeline.micro_batch,
+            "device": pipeline.device.type,
+            "threads": torch.get_num_threads() if pipeline.device.type == "cpu" else None,
             "fingerprint": pipeline.spec.fingerprint,
             "tokenizer": pipeline.tokenizer.weights_sha256,
             "priors": [prior.weights_sha256 for prior in pipeline.priors],
         }
+
+    def count(self, start: int) -> int:
+        """How many samples the shard from ``start`` has."""
+        return min(self.shard, self.first + self.n - start)
+
+    def names(self, start: int) -> list[str]:
+        """The files of the shard from ``start``."""
+        return [f"{i:06d}.{self.kind}" for i in (range(start, start + self.count(start)) if self.kind == "png" else (start,))]
 
     def labels(self, start: int, n: int) -> list[int] | None:
         """The classes of samples ``start`` to ``start + n - 1``, where they are given."""
         return None if self.label is None else [self.label[i % len(self.label)] for i in range(start, start + n)]
 
 
-def agreed_seed(folder: Path, plan: SetPlan, tree: dict[str, Any]) -> int:
-    """The seed: that of the plan in ``folder``, which has to be this one, else the given or a fresh one.
+def agreed_plan(folder: Path, plan: SetPlan, tree: dict[str, Any]) -> dict[str, Any]:
+    """What plan.json holds or is to hold: ``tree`` and the seed, the given or a fresh one; where it is there, it has to be this plan.
 
-    Raises UserError naming all that differs.
+    Raises UserError naming all that differs. Plans that say nothing of device and threads are of any.
     """
     path = folder / PLAN
     if not path.exists():
-        return secrets.randbits(32) if plan.seed is None else plan.seed
+        return tree | {"seed": secrets.randbits(32) if plan.seed is None else plan.seed}
     found = read_json(path, UserError)
     if not isinstance(found, dict) or not isinstance(found.get("seed"), int):
         raise UserError(f"{path}: holds no plan of samples; expected a new folder, or one of interrupted samples")
-    seed: int = found["seed"]
-    mine = tree | {"seed": seed if plan.seed is None else plan.seed}
+    mine = tree | {"seed": found["seed"] if plan.seed is None else plan.seed}
+    for key in {"device", "threads"} - set(found):
+        del mine[key]
     different = [
         f"{key} {_short(found.get(key))} there, {_short(mine.get(key))} now" for key in {**found, **mine} if found.get(key) != mine.get(key)
     ]
     if different:
-        raise UserError(f"out: {path} is the plan of other samples: {'; '.join(different)}; expected the same, or another folder")
-    return seed
+        threads = found.get("threads")
+        advice = "" if threads is None or threads == mine["threads"] else f" (OMP_NUM_THREADS={threads} sets the threads)"
+        raise UserError(f"out: {path} is the plan of other samples: {'; '.join(different)}; expected the same, or another folder{advice}")
+    return found
 
 
 def _short(value: Any) -> str:
@@ -124,26 +137,28 @@ def write_set(pipeline: TwoStagePipeline, folder: Path, plan: SetPlan, comm: Com
 
 
 def _write_locked(pipeline: TwoStagePipeline, folder: Path, plan: SetPlan, tree: dict[str, Any], comm: Comm) -> int:
-    agreed = torch.zeros((), dtype=torch.int64, device=pipeline.device)
+    shards = range(plan.first, plan.first + plan.n, plan.shard)
+    agreed = torch.zeros(1 + len(shards), dtype=torch.int64, device=pipeline.device)  # the seed, and which shards are missing
+    facts: dict[str, Any] = {}
     with on_main(f"out: {folder}", comm, pipeline.device):
         if comm.rank == 0:
-            seed = agreed_seed(folder, plan, tree)
+            facts = agreed_plan(folder, plan, tree)
             for torn in folder.glob(".tmp-*"):
                 torn.unlink()
             if not (folder / PLAN).exists():
-                write_atomic(folder / PLAN, json_bytes(tree | {"seed": seed}))
-            agreed.fill_(seed)
-    seed = int(comm.broadcast_(agreed))
-    shards = range(plan.first, plan.first + plan.n, plan.shard)
-    for start in shards[comm.rank :: comm.world_size]:
-        count = min(plan.shard, plan.first + plan.n - start)
-        (write_pictures if plan.kind == "png" else write_arrays)(pipeline, folder, plan, seed, start, count)
+                write_atomic(folder / PLAN, json_bytes(facts))
+            there = {path.name for path in folder.iterdir()}
+            missing = [not there.issuperset(plan.names(start)) for start in shards]
+            agreed.copy_(torch.tensor([facts["seed"], *missing], dtype=torch.int64))
+    seed, *open_ = comm.broadcast_(agreed).tolist()
+    to_do = [start for start, missing in zip(shards, open_, strict=True) if missing]
+    for start in to_do[comm.rank :: comm.world_size]:  # dealt anew, so that no rank gets what is there and waits
+        (write_pictures if plan.kind == "png" else write_arrays)(pipeline, folder, plan, seed, start, plan.count(start))
     comm.barrier()
     with on_main(f"out: {folder}", comm, pipeline.device):
         if comm.rank == 0 and not (folder / FACTS).exists():
-            label = _labels(pipeline, plan, seed, plan.first, plan.n) if plan.kind == "png" else None
-            facts = tree | {"seed": seed} | ({"label": label} if plan.kind == "png" else {})
-            write_atomic(folder / FACTS, json_bytes(facts))
+            dealt = {"label": _labels(pipeline, plan, seed, plan.first, plan.n)} if plan.kind == "png" else {}
+            write_atomic(folder / FACTS, json_bytes(facts | dealt))
     return seed
 
 

@@ -140,8 +140,8 @@ def _write(
 def write_pipeline(
     pipeline: TwoStagePipeline, folder: Path, *, samples: int, metrics: Mapping[str, float] | None = None, license: str | None = None
 ) -> None:
-    """Writes the pipeline beside ``folder``, then moves it in: at once where there is nothing yet, else part by part, ``pipeline.json``
-    last, so that an interrupted move is noticed by the hashes. Other files in ``folder`` stay.
+    """Writes the pipeline beside ``folder`` and renames it at once, where that is not there yet; else inside of it, which may be a disk of
+    its own, and moves it part by part, ``pipeline.json`` last, so that an interrupted move is noticed by the hashes. Other files stay.
 
     Raises:
         FileExistsError: ``folder`` is a file, or holds one of the names that are written, but no pipeline.
@@ -155,11 +155,11 @@ def write_pipeline(
         raise FileExistsError(f"{folder}: holds {taken[0]!r}, but no {INDEX}; expected a new folder, or one of a pipeline")
     target = folder.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".tmp-{target.name}-", dir=target.parent) as temporary:
+    with tempfile.TemporaryDirectory(prefix=f".tmp-{target.name}-", dir=target if target.exists() else target.parent) as temporary:
         built = Path(temporary) / "pipeline"
         built.mkdir()
         _write(pipeline, built, target.name, samples, metrics, license)
-        if not target.exists() or not any(target.iterdir()):
+        if not target.exists():
             os.replace(built, target)
             return
         for name in names:

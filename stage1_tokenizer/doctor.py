@@ -35,7 +35,8 @@ class DoctorConfig(Config):
     """Examines a trained tokenizer."""
 
     tokenizer: Place[Annotated[str, Field(min_length=1)]]
-    """A run folder (``--run`` says the same), the folder of a release, or a Hub id."""
+    """A run folder (``--run`` says the same), the folder of a release, or a Hub id (user/name, user/name@revision,
+    user/name//subfolder)."""
     data: SourceConfig | None = None
     """The data source; that of the tokenizer's run where it is not given."""
     split: str = "train"

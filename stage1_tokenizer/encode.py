@@ -19,14 +19,16 @@ from torch import Tensor
 
 from intarsia.cli import RunError, UserError, parse, run_main
 from intarsia.codes import CodesWriter, Manifest, SplitPlan
+from intarsia.codes_folder import goes_on, is_complete
 from intarsia.codes_format import ShardRange, code_dtype
+from intarsia.codes_plan import plan_tree
 from intarsia.config import Config, ConfigError, Place, Seed
 from intarsia.distributed import Comm, comm
 from intarsia.files import DiskFullError
 from intarsia.hub_files import release_folder
 from intarsia.processes import start
 from stage1_tokenizer.data.base import SOURCES, Source, SourceConfig
-from stage1_tokenizer.run_data import needed_data, with_run_data
+from stage1_tokenizer.run_data import check_signal, needed_data, with_run_data
 from stage1_tokenizer.tokenizers.base import Tokenizer
 
 CHUNK = 256  # rows that are prepared and encoded at once; codes do not depend on it
@@ -37,7 +39,7 @@ class EncodeConfig(Config):
     """Encodes all splits of a data set with a trained tokenizer, and writes them as a set of codes."""
 
     tokenizer: Place[Annotated[str, Field(min_length=1)]]
-    """A run folder, the folder of a release, or a Hub id."""
+    """A run folder, the folder of a release, or a Hub id: user/name, user/name@revision, user/name//subfolder."""
     out: Place[Annotated[str, Field(min_length=1)]]
     """The folder of codes. Running the same command again completes it."""
     data: SourceConfig | None = None
@@ -50,7 +52,7 @@ class EncodeConfig(Config):
     """Rows per file."""
     device: Place[Literal["auto", "cpu", "cuda"]] = "auto"
     """auto: CUDA where there is one."""
-    timeout: Place[Annotated[float, Field(gt=0)]] = 300.0
+    timeout: Place[Annotated[float, Field(gt=0)]] = 3600.0
     """Seconds after which a process that waits for another gives up."""
 
 
@@ -79,28 +81,10 @@ def dump_codes(
     Reading, encoding and writing overlap: batches are prepared and shards written by one thread each.
 
     Raises:
-        CodesError: ``out`` holds a complete dump of another tokenizer or other data, or something else.
+        CodesError: ``out`` holds shards of another tokenizer or other data, or something else.
         ValueError: the signals are not those that the tokenizer was trained on, or a sample is not finite.
     """
-    if source.signal != tokenizer.signal:
-        raise ValueError(f"data: the signals are {source.signal}; the tokenizer takes {tokenizer.signal}")
-    plans = {}
-    for name in source.splits:
-        split = source.split(name)
-        labelled, captioned = split.labels is not None, split.captions is not None
-        plans[name] = SplitPlan(len(split), views if name == "train" else 1, labelled, captioned)
-    spec = tokenizer.spec
-    writer = CodesWriter(
-        out,
-        spec.levels,
-        signal=spec.signal,
-        tokenizer={"type": tokenizer.type_name, "fingerprint": spec.fingerprint},
-        splits=plans,
-        classes=source.classes if any(plan.labelled for plan in plans.values()) else (),
-        data=source.describe() | ({"seed": seed} if views > 1 else {}),
-        shard_rows=shard_rows,
-        comm=comm,
-    )
+    writer = CodesWriter(out, tokenizer.level_specs(), **dump_plan(tokenizer, source, views, seed), shard_rows=shard_rows, comm=comm)
     shards = writer.mine()
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writing, _bar(shards, progress and comm.rank == 0) as bar:
         pending: Future[None] | None = None
@@ -111,6 +95,23 @@ def dump_codes(
         if pending is not None:
             pending.result()
     return writer.close()
+
+
+def dump_plan(tokenizer: Tokenizer, source: Source, views: int, seed: int) -> dict[str, Any]:
+    """What ``CodesWriter`` is told besides folder and levels. Raises ValueError where the tokenizer takes other signals."""
+    check_signal(tokenizer, source)
+    plans = {}
+    for name in source.splits:
+        split = source.split(name)
+        labelled, captioned = split.labels is not None, split.captions is not None
+        plans[name] = SplitPlan(len(split), views if name == "train" else 1, labelled, captioned)
+    return {
+        "signal": tokenizer.signal,
+        "tokenizer": {"type": tokenizer.type_name, "fingerprint": tokenizer.fingerprint},
+        "splits": plans,
+        "classes": source.classes if any(plan.labelled for plan in plans.values()) else (),
+        "data": source.describe() | ({"seed": seed} if views > 1 else {}),
+    }
 
 
 def captions_of(source: Source, shard: ShardRange) -> list[str] | None:
@@ -192,13 +193,16 @@ def main(argv: list[str] | None = None) -> None:
     rows = ", ".join(f"{len(source.split(name))} {name}" for name in source.splits)
     if comm.rank == 0:
         print(f"{tokenizer.type_name} {tokenizer.fingerprint[:12]}: {rows}; {comm.world_size} process(es)", flush=True)
-    if flags.check or flags.dry_run:
-        return
     parent = next(p for p in Path(config.out).absolute().parents if p.exists())
     there = sum(file.stat().st_size for file in Path(config.out).rglob("*.parquet"))
     needed, free = space_needed(tokenizer, source, config.views) - there, shutil.disk_usage(parent).free
     if free < needed and not flags.allow_low_space:
         raise UserError(f"out: {config.out}: {needed} bytes are needed, {free} are free; --allow_low_space starts anyway")
+    if flags.check or flags.dry_run:
+        plan = plan_tree(tokenizer.level_specs(), **dump_plan(tokenizer, source, config.views, config.seed), shard_rows=config.shard_rows)
+        if not is_complete(Path(config.out), plan):
+            goes_on(Path(config.out), plan)
+        return
     tokenizer = tokenizer.to(device)
     try:
         manifest = dump_codes(

@@ -16,10 +16,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from intarsia.cli import parse, run_main
+from intarsia.cli import UserError, parse, run_main
 from intarsia.config import Config, ConfigError, Place
 from intarsia.distributed import Comm, comm
-from intarsia.files import finite_or_null, json_bytes, write_atomic
+from intarsia.files import finite_or_null, json_bytes, why_not_writable, write_atomic
 from intarsia.hub_files import release_folder
 from intarsia.order import share
 from intarsia.pictures import save_codebook, save_strips
@@ -29,7 +29,7 @@ from stage1_tokenizer.data.near_duplicates import without_near_duplicates
 from stage1_tokenizer.levels import LevelMetrics, partners, prefix_rows, swapped_rows
 from stage1_tokenizer.levels import lines as level_lines
 from stage1_tokenizer.metrics import CodeMetrics, ReconstructionMetrics, unit
-from stage1_tokenizer.run_data import needed_data, with_run_data
+from stage1_tokenizer.run_data import check_signal, needed_data, with_run_data
 from stage1_tokenizer.tokenizers.base import Tokenizer
 
 PROGRAM = "python -m stage1_tokenizer.evaluate"
@@ -42,7 +42,7 @@ class EvaluateConfig(Config):
     """Reconstruction and usage of a trained tokenizer."""
 
     tokenizer: Place[Annotated[str, Field(min_length=1)]]
-    """A run folder, the folder of a release, or a Hub id."""
+    """A run folder, the folder of a release, or a Hub id: user/name, user/name@revision, user/name//subfolder."""
     data: SourceConfig | None = None
     """The data source; that of the tokenizer's run where it is not given, with ``--data.*`` flags on top of it."""
     split: Literal["train", "validation", "test"] = "validation"
@@ -168,8 +168,7 @@ def draw_codebook(path: Path, tokenizer: Tokenizer, codes: CodeMetrics, title: s
 
 def report(tokenizer: Tokenizer, source: Source, split: str, comm: Comm = comm) -> tuple[dict[str, Any], CodeMetrics]:
     """The figures as a plain tree, and the counts of the train codes. Each rank calls it; all get the same."""
-    if source.signal != tokenizer.signal:
-        raise ValueError(f"data: the signals are {source.signal}; the tokenizer takes {tokenizer.signal}")
+    check_signal(tokenizer, source)
     held = evaluate(tokenizer, source.split(split), comm=comm)
     train = held if split == "train" else evaluate(tokenizer, source.split("train"), reconstruct=False, comm=comm)
     assert held.reconstruction is not None
@@ -235,6 +234,9 @@ def main(argv: list[str] | None = None) -> None:
         rows = ", ".join(f"{len(source.split(name))} {name}" for name in source.splits)
         print(f"{tokenizer.type_name} {tokenizer.fingerprint[:12]}: {rows}", flush=True)
     source.split(config.split)
+    check_signal(tokenizer, source)
+    if reason := why_not_writable(out):
+        raise UserError(f"out: {out} cannot be written to: {reason}")
     if flags.check or flags.dry_run:
         return
     if comm.rank == 0:

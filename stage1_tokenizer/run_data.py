@@ -8,7 +8,8 @@ from intarsia import yaml_io
 from intarsia.cli import load_tree
 from intarsia.config import ConfigError
 from intarsia.hub_files import check_source
-from stage1_tokenizer.data.base import SOURCES, SourceConfig
+from stage1_tokenizer.data.base import SOURCES, Source, SourceConfig
+from stage1_tokenizer.tokenizers.base import Tokenizer
 
 
 def run_data(folder: Path) -> str:
@@ -18,10 +19,16 @@ def run_data(folder: Path) -> str:
 
 def needed_data(data: SourceConfig | None, tokenizer: str) -> SourceConfig:
     """``data``. Raises HubError or ConfigError where there is none, as there is no such tokenizer or no run that made it."""
+    check_source("tokenizer", tokenizer)
     if data is None:
-        check_source("tokenizer", tokenizer)
         raise ConfigError([f"data: {tokenizer} has no config.yaml of a run; say --data.type {'|'.join(SOURCES.names())}"])
     return data
+
+
+def check_signal(tokenizer: Tokenizer, source: Source) -> None:
+    """Raises ValueError where the tokenizer takes other signals than ``source`` gives."""
+    if source.signal != tokenizer.signal:
+        raise ValueError(f"data: the signals are {source.signal}; the tokenizer takes {tokenizer.signal}")
 
 
 def with_run_data(argv: list[str]) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from intarsia.cli import Flags, parse, run_main
 from intarsia.config import ConfigError, Place, differences
 from intarsia.hub_files import release_folder
+from intarsia.machine import env_rank
 from intarsia.meta import build_on_meta
 from intarsia.pictures import save_strips
 from intarsia.prefetch import Loader
@@ -25,7 +26,7 @@ from intarsia.run_config import RunConfig
 from stage1_tokenizer import sizes
 from stage1_tokenizer.data.base import SOURCES, Source, SourceConfig
 from stage1_tokenizer.data.bundled import BundledConfig
-from stage1_tokenizer.data.errors import DataError
+from stage1_tokenizer.data.errors import BadFileError, DataError
 from stage1_tokenizer.encode import space_needed
 from stage1_tokenizer.health import Health, HealthConfig
 from stage1_tokenizer.levels import prefix_rows, swapped_rows
@@ -65,8 +66,9 @@ class TokenizerTrainConfig(RunConfig):
 
 def train(config: TokenizerTrainConfig, flags: Flags) -> None:
     """One run, from its first step or from where it was; leaves the release in model/."""
-    with Run(config, flags, kind="tokenizer") as run:
+    with Run(config, flags, kind="tokenizer") as run, told_what_may_be_replaced():
         source = SOURCES.build(config.data)
+        check_fit(config, source)
         data = source.split("train").loader(config.seed)
         same_data(run, source)
         shapes = on_meta(config, source)
@@ -92,7 +94,7 @@ def train(config: TokenizerTrainConfig, flags: Flags) -> None:
                     loss, stats = objective.tokenizer_loss(out, x, step, part.rng)
                     run.backward(loss, part, stats)
                 if not part.ghost:
-                    health.count(out.codes)
+                    health.count(out.likely or out.codes)
             if run.optimizer_step(tokenizer.finite()):
                 if config.train == "all":
                     run.note(tokenizer.update(run.rng(step), run.comm))
@@ -111,6 +113,31 @@ def train(config: TokenizerTrainConfig, flags: Flags) -> None:
 
         with release_weights(run, config, tokenizer, data):
             run.finish(tokenizer.save_pretrained)
+
+
+@contextmanager
+def told_what_may_be_replaced() -> Iterator[None]:
+    """Says of a file that cannot be decoded how the run goes on."""
+    try:
+        yield
+    except BadFileError as error:
+        if error.replaceable:
+            error.add_note("replace the file, and the same command goes on")
+        raise
+
+
+def check_fit(config: TokenizerTrainConfig, source: Source) -> None:
+    """Raises ConfigError where parts of the configuration ask for what the others, or the data, do not give."""
+    errors = []
+    if config.log.patience and not (config.log.validate_every and "validation" in source.splits):
+        why = f"log.validate_every is {config.log.validate_every}, the splits are {', '.join(source.splits)}"
+        errors.append(f"log.patience: {config.log.patience}, but nothing is validated: {why}; expected 0")
+    blocks = getattr(config.tokenizer, "prefix_blocks", None)
+    if blocks is not None and getattr(config.objective, "prefix_weight", 1.0) == 0:
+        trained = f"objective.prefix_weight: 0 trains no decoders of prefixes, tokenizer.prefix_blocks: {blocks} makes some"
+        errors.append(f"{trained}; use tokenizer.prefix_blocks: null")
+    if errors:
+        raise ConfigError(errors)
 
 
 def same_data(run: Run, source: Source) -> None:
@@ -232,8 +259,10 @@ def main() -> None:
         train(config, flags)
         return
     source = SOURCES.build(config.data)
+    check_fit(config, source)
     lines: list[str] = [*check(source), *describe(config, source)] if flags.check else list(describe(config, source))
-    print(*lines, sep="\n")
+    if env_rank() == 0:
+        print(*lines, sep="\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stage2_prior.arguments import whole
-from stage2_prior.masking import SCHEDULES, halton_order, remaining
+from stage2_prior.masking import SCHEDULES, halton_order, most_revealed, remaining
 from stage2_prior.sampling import DrawOptions, Guidance, draw, number
 
 ORDERS = ("confidence", "halton", "random", "raster")
@@ -39,7 +39,7 @@ class MaskGITOptions(DrawOptions):
         order: which positions a step reveals. "confidence": those whose drawn codes are most probable, after noise;
             "halton": evenly spread, the same for all samples; "random": any, drawn for each sample; "raster": row by row.
         noise: >= 0, the factor of Gumbel noise on the log-probabilities that "confidence" compares, annealed linearly to 0 at
-            the last step; None takes 4.5, as the paper's code does. The other orders have no use for it.
+            the last step; None takes 4.5, as the paper's code does. The other orders have no use for it, nor has temperature 0.
         schedule: how the share of masked positions falls; None takes that of training.
     """
 
@@ -58,6 +58,8 @@ class MaskGITOptions(DrawOptions):
             raise ValueError(f"noise: {self.noise!r}; expected a finite number >= 0")
         if self.noise is not None and self.order != "confidence":
             raise ValueError(f"noise: {self.noise!r}; order {self.order!r} has no use for it, only 'confidence' has")
+        if self.noise and self.temperature == 0:
+            raise ValueError(f"noise: {self.noise!r}; temperature {self.temperature!r} has no use for it, expected 0 or None")
         if self.schedule is not None and self.schedule not in SCHEDULES:
             raise ValueError(f"schedule: {self.schedule!r}; expected {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}")
 
@@ -70,12 +72,11 @@ class MaskGITOptions(DrawOptions):
         """The steps of a level of so many positions."""
         return min(STEPS, positions) if self.steps is None else self.steps
 
-    def strengths(self, steps: int, own: Tensor) -> Tensor | None:
-        """(steps, B) float64: g of each step where samples have ``own`` (B,) steps each; None where it does not change."""
+    def strength(self, step: int, own: Tensor) -> float | Tensor:
+        """g of a step where samples have ``own`` (B,) steps each: (B,) float64, or a number where it does not change."""
         if not isinstance(self.guidance, Guidance):
-            return None
-        table = [[self.guidance.at(min(1.0, step / max(1, last))) for last in range(steps)] for step in range(steps)]
-        return torch.tensor(table, dtype=torch.float64, device=own.device)[:, own - 1]
+            return float(self.guidance)
+        return self.guidance.along((step / (own.double() - 1).clamp(min=1)).clamp(max=1))
 
 
 def own_steps(steps: int, keep: Tensor) -> Tensor:
@@ -91,7 +92,8 @@ class _Plan:
         steps: how many are run; fewer than asked for where no sample has that many unknown positions.
         own: (B or 1, 1) float64 on the device: how many of these are each sample's, which the annealing counts.
         left: (steps asked for + 1, B or 1) on the device: how many are still masked after so many steps.
-        most_left, most_shown: of each step, the most positions that are masked before it, and that it reveals, in any sample.
+        most_left, most_shown: of each step, the most positions that are masked before it, and that it reveals, in any sample that
+            could be: shapes decide bits, and no sample's may depend on what is known of another.
     """
 
     steps: int
@@ -102,15 +104,15 @@ class _Plan:
 
 
 def _plan(schedule: str, steps: int, size: int, keep: Tensor | None, device: torch.device) -> _Plan:
-    table = remaining(schedule, steps, size)
-    most_left, most_shown = table.amax(1).tolist(), (table[:-1] - table[1:]).amax(1).tolist()
+    whole, most_shown = remaining(schedule, steps, (size,)), most_revealed(schedule, steps, size)
+    most_left = whole[:, 0].tolist()
     if keep is None:
         own = torch.full((1, 1), steps, dtype=torch.float64, device=device)
-        return _Plan(steps, own, table[:, -1:].to(device), most_left, most_shown)
-    unknown = size - keep.sum(1)
-    run = min(steps, int(unknown.max()))  # the one look at values: a sample's steps beyond these reveal nothing
-    own = own_steps(steps, keep).double()[:, None]
-    return _Plan(run, own, table.to(device)[:, unknown], most_left, most_shown)
+        return _Plan(steps, own, whole.to(device), most_left, most_shown)
+    counts, kind = (size - keep.sum(1)).cpu().unique(return_inverse=True)  # the one look at values
+    run = min(steps, int(counts[-1]))  # a sample's steps beyond these reveal nothing
+    left = remaining(schedule, steps, tuple(counts.tolist()))[:, kind].to(device)
+    return _Plan(run, own_steps(steps, keep).double()[:, None], left, most_left, most_shown)
 
 
 def _fixed_order(options: MaskGITOptions, shape: tuple[int, ...], keep: Tensor | None, numbers: Numbers, device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stage2_prior.transformer import NORM_EPS, Rotary, feed_forward_width
+from stage2_prior.transformer import NORM_EPS, Rotary, attend, attend_last, feed_forward_width
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -29,6 +29,7 @@ NAMES = {
     "feed_forward_norm": ("post_attention_layernorm",),
 }
 PREFIX = "model."  # of LlamaTrunk's own state dict
+ATTENTION = "stage2_prior"  # the name under which transformers knows our attention
 
 
 def _layer(name: str, stack: str) -> tuple[str, str]:
@@ -57,10 +58,12 @@ def to_llama(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_llama(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of ``to_llama``. Raises ValueError naming a weight that is missing or none of it."""
     rest = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
-    out = {}
-    if "norm.weight" in rest:
-        out["norm.weight"] = rest.pop("norm.weight")
-    for layer in dict.fromkeys(_layer(name, "layers")[0] for name in rest):
+    last = rest.pop("norm.weight", None)
+    if last is None:
+        raise ValueError("'norm.weight': missing")
+    out = {"norm.weight": last}
+    layers = {int(_layer(name, "layers")[0]) for name in rest}
+    for layer in range(max(layers, default=-1) + 1):
         for ours, theirs in NAMES.items():
             names = [f"layers.{layer}.{part}.weight" for part in theirs]
             if missing := [name for name in names if name not in rest]:
@@ -90,6 +93,13 @@ def _config(width: int, depth: int, heads: int, vocab: int, length: int, attenti
         eos_token_id=None,  # the default, 2, is a code: generate() would stop at it
         pad_token_id=None,
     )
+
+
+def _attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **_: Any) -> tuple[Tensor, None]:
+    """Ours in the form that transformers asks for: (B, heads, length, head dim) each to (B, length, heads, head dim). The one query
+    after a prefix sees all keys, several see those before them: ``mask`` says nothing more."""
+    y = attend_last(q, k, v) if q.shape[2] == 1 else attend(q, k, v, causal=True)
+    return y.transpose(1, 2), None
 
 
 class _GivenRotary(nn.Module):
@@ -128,13 +138,15 @@ class LlamaTrunk(nn.Module):
 
     Args:
         width: D; a multiple of ``heads``.
-        attention: transformers' implementation of it.
+        attention: ours, under which a row's bits do not depend on its batch, or one of transformers' own.
     """
 
-    def __init__(self, width: int, depth: int, heads: int, attention: Literal["sdpa", "eager"] = "sdpa") -> None:
+    def __init__(self, width: int, depth: int, heads: int, attention: Literal["stage2_prior", "sdpa", "eager"] = "stage2_prior") -> None:
         from transformers import LlamaModel
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         super().__init__()
+        ALL_ATTENTION_FUNCTIONS[ATTENTION] = _attention
         if width % heads:
             raise ValueError(f"prior.width: {width} is no multiple of prior.heads, {heads}")
         self.width, self.depth, self.heads = width, depth, heads
@@ -171,7 +183,9 @@ class LlamaTrunk(nn.Module):
         return LlamaCache(_dynamic_cache())
 
     def append(self, x: Tensor, cache: LlamaCache, rotary: Rotary | None = None) -> Tensor:
-        """``forward`` of the places that follow those in ``cache``, which takes them up."""
+        """As ``Transformer.append``."""
+        if cache.length and x.shape[1] > 1:
+            raise ValueError(f"cache: {x.shape[1]} places at once after {cache.length}; only the first call takes several")
         out = self._run(x, rotary, cache.past)
         cache.length += x.shape[1]
         return out

@@ -7,8 +7,9 @@ A schedule gamma falls from 1 at r = 0 to 0 at r = 1: the share of positions tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -47,22 +48,35 @@ def masked_places(numbers: Tensor, count: Tensor) -> Tensor:
     return ranks < count[..., None]
 
 
+def _rows(schedule: str, steps: int, unknown: Tensor) -> Iterator[Tensor]:
+    """steps + 1 times (k,) int64: how many of ``unknown`` (k,) positions are still masked after t steps."""
+    share = gamma(schedule, torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps)
+    left = unknown
+    yield left
+    for step in range(1, steps + 1):
+        most = left - 1
+        wanted = torch.floor(share[step] * unknown).long()
+        least = most.clamp(max=steps - step)
+        left = torch.maximum(torch.minimum(wanted, most), least).clamp(min=0)
+        yield left
+
+
 @lru_cache(maxsize=16)
-def remaining(schedule: str, steps: int, size: int) -> Tensor:
-    """(steps + 1, size + 1) int64 on the CPU, not to be written to: how many of u unknown positions are still masked after t steps.
+def remaining(schedule: str, steps: int, unknown: tuple[int, ...]) -> Tensor:
+    """(steps + 1, k) int64 on the CPU, not to be written to: how many of each of k counts u of unknown positions are still masked
+    after t steps.
 
     floor(gamma(t / steps) u) as in Chang et al. 2022, bounded so that every step reveals at least one position where there are
     enough of them: all are known after the last step, and after step u where u < steps.
     """
-    unknown = torch.arange(size + 1, device="cpu")
-    share = gamma(schedule, torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps)
-    left = [unknown]
-    for step in range(1, steps + 1):
-        most = left[-1] - 1
-        wanted = torch.floor(share[step] * unknown).long()
-        least = most.clamp(max=steps - step)
-        left.append(torch.maximum(torch.minimum(wanted, most), least).clamp(min=0))
-    return torch.stack(left)
+    return torch.stack(list(_rows(schedule, steps, torch.tensor(unknown, device="cpu"))))
+
+
+@lru_cache(maxsize=16)
+def most_revealed(schedule: str, steps: int, size: int) -> tuple[int, ...]:
+    """Of each step, the most positions that it reveals, whichever of the counts 0..size is unknown."""
+    rows = _rows(schedule, steps, torch.arange(size + 1, device="cpu"))
+    return tuple(int((before - after).max()) for before, after in pairwise(rows))
 
 
 def _radical_inverse(count: int, base: int) -> tuple[Tensor, int]:

@@ -50,6 +50,14 @@ class Guidance:
         u = progress if self.shape == "linear" else (1 - math.cos(math.pi * progress)) / 2
         return self.start + (self.stop - self.start) * u
 
+    def along(self, progress: Tensor) -> Tensor:
+        """``at`` of each entry."""
+        u = progress if self.shape == "linear" else (1 - torch.cos(math.pi * progress)) / 2
+        return self.start + (self.stop - self.start) * u
+
+
+SCHEDULE_WORDS = tuple(f.name for f in fields(Guidance))  # no names of levels: what {"start": 2.0} means has to be clear
+
 
 @dataclass(frozen=True)
 class DrawOptions:
@@ -115,6 +123,8 @@ def choose_options(kind: type[Any], given: Mapping[str, Any], who: str, levels: 
     for name, value in given.items():
         if name not in known:
             raise ValueError(f"{name}: {who} has no such sampling option; it has {', '.join(known)}")
+        if isinstance(value, Mapping) and not value:
+            raise ValueError(f"{name}: {value!r}; expected a value, or values by level of {', '.join(levels)}")
         by_level = dict.fromkeys(levels, value)
         if isinstance(value, Mapping) and not (name == "guidance" and "start" in value):
             unknown = [level for level in value if level not in levels]
@@ -131,8 +141,7 @@ def _schedule(value: Any) -> Any:
     """A mapping as a ``Guidance``; anything else as it is."""
     if not isinstance(value, Mapping):
         return value
-    names = [f.name for f in fields(Guidance)]
-    if not {"start", "stop"} <= set(value) <= set(names):
+    if not {"start", "stop"} <= set(value) <= set(SCHEDULE_WORDS):
         raise ValueError(f"guidance: {dict(value)!r}; expected a number, or start, stop and shape ({' or '.join(SHAPES)})")
     return Guidance(**value)
 

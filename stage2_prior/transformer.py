@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from stage2_prior.packed import Projection, packed
 
 NORM_EPS = 1e-6
+WHOLE = (torch.float32, torch.float64)
 EXPLICIT_LENGTH = 512  # longest sequence whose attention is computed explicitly in half precision on a CPU
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, each (length, head dim)
@@ -74,10 +75,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """softmax(q k^T / sqrt(dim)) v for (B, heads, length, dim) tensors.
 
     In half precision on a CPU, torch's fused kernel is 4 to 9 times slower than the plain products for short sequences:
-    there the plain ones run, with the softmax in float32.
+    there the plain ones run, with the softmax in float32. In float32 and wider that kernel rounds a row differently by its place
+    in the batch where the number of queries is no multiple of 4, mostly with several threads: without gradients it gets zeros more.
     """
     length = q.shape[-2]
-    if q.device.type != "cpu" or q.dtype in (torch.float32, torch.float64) or length > EXPLICIT_LENGTH:
+    if q.device.type == "cpu" and q.dtype in WHOLE and length % 4 and not torch.is_grad_enabled():
+        more = F.pad(q, (0, 0, 0, -length % 4))
+        return F.scaled_dot_product_attention(more, k, v, is_causal=causal)[..., :length, :]
+    if q.device.type != "cpu" or q.dtype in WHOLE or length > EXPLICIT_LENGTH:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
     if causal:
@@ -86,13 +91,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 def attend_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """``attend`` of one query, (B, heads, 1, dim), to all keys.
+    """``attend`` of one query, (B, heads, 1, dim), to all keys, of which each head's lie one after the other, as in a cache.
 
-    On a CPU with several threads torch's fused kernel rounds a row differently by its place in the batch (for some numbers of
-    keys); plain products do not.
+    On a CPU by plain products, which round a row as any other of the batch (``attend`` would compute 4 queries) and are faster
+    for many rows.
     """
-    if q.device.type != "cpu" or torch.get_num_threads() == 1:
-        return F.scaled_dot_product_attention(q, k, v)
+    if q.device.type != "cpu" or q.dtype not in WHOLE:
+        return attend(q, k, v, causal=False)
     return torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1) @ v
 
 
@@ -127,7 +132,7 @@ class Attention(nn.Module):
         cache.values[layer, :, :, start:end] = v
         live = cache.keys[layer, :, :, :end], cache.values[layer, :, :, :end]
         q = q.to(cache.keys.dtype)
-        y = attend_last(q, *live) if end - start == 1 else F.scaled_dot_product_attention(q, *live, is_causal=True)
+        y = attend_last(q, *live) if end - start == 1 else attend(q, *live, causal=True)
         return out(y.to(v.dtype).transpose(1, 2).flatten(2))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -215,14 +216,59 @@ def test_a_shard_that_was_damaged_meanwhile_is_written_again(tmp_path: Path, dam
     assert contents(tmp_path / "codes") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_what_a_killed_dump_left_to_do_is_shared_by_all_ranks(tmp_path: Path, ranks: Callable[..., list[Any]], world: int) -> None:
+    dump(tmp_path / "codes", stop_after=9)
+    facts = sorted((tmp_path / "codes/.dump").glob("train-*.facts.json"))
+    for path in facts[::world]:  # what one rank of a new dump would write
+        path.unlink()
+
+    def rest(rank: int) -> list[str]:
+        plan = {"train": SplitPlan(30, views=2, labelled=True), "test": SplitPlan(11, labelled=True)}
+        options = {"signal": SIGNAL, "tokenizer": TOKENIZER, "splits": plan, "classes": CLASSES, "shard_rows": 8}
+        left = [shard.file for shard in CodesWriter(tmp_path / "codes", [TOP, BOTTOM], **options).mine()]
+        comm.barrier()
+        return left
+
+    dealt = ranks(rest, world)
+    unfinished = {f"train/{p.name[6:11]}.parquet" for p in facts if not p.exists()} | {"test/00001.parquet"}
+    assert sorted(itertools.chain(*dealt)) == sorted(unfinished)
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [{"tokenizer": TOKENIZER | {"fingerprint": "0"}}, {"shard_rows": 4}, {"data": {"name": "other"}}],
+    ("changes", "message"),
+    [
+        ({"tokenizer": TOKENIZER | {"fingerprint": "0"}}, f"another tokenizer: tokenizer.fingerprint is '0' there and '{'f' * 64}' here"),
+        ({"shard_rows": 4}, "something else: shard_rows is 4 there and 8 here"),
+        ({"data": {"name": "other"}}, "something else: data.name is 'other' there and None here"),
+    ],
     ids=["tokenizer", "rows", "data"],
 )
-def test_an_incomplete_dump_of_something_else_is_replaced(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_an_unfinished_dump_of_something_else_is_kept_and_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    dump(tmp_path / "codes", stop_after=3, **changes)
+    before = {name: content for name, content in contents(tmp_path / "codes").items() if name.endswith("parquet")}
+    for _ in range(2):  # the folder is not held in use either
+        with pytest.raises(CodesError, match=f"codes holds an unfinished dump of {message}; delete .*codes, or choose another") as error:
+            dump(tmp_path / "codes")
+    assert "\n" not in str(error.value) and len(before) == 3
+    assert {name: content for name, content in contents(tmp_path / "codes").items() if name.endswith("parquet")} == before
+    dump(tmp_path / "codes", **changes)
+
+
+@pytest.mark.parametrize("plan", [None, "{", "[]"])
+def test_shards_whose_plan_is_lost_are_kept_and_the_folder_is_named(tmp_path: Path, plan: str | None) -> None:
+    dump(tmp_path / "codes", stop_after=1)
+    (tmp_path / "codes/.dump/plan.json").unlink() if plan is None else (tmp_path / "codes/.dump/plan.json").write_text(plan)
+    with pytest.raises(CodesError, match=r"codes holds an unfinished dump.*; delete .*codes, or choose another folder"):
+        dump(tmp_path / "codes")
+    assert (tmp_path / "codes/train/00000.parquet").exists()
+
+
+def test_an_unfinished_dump_of_something_else_is_replaced_where_no_shard_is_finished(tmp_path: Path) -> None:
     dump(tmp_path / "whole")
-    dump(tmp_path / "codes", stop_after=9, **changes)
+    dump(tmp_path / "codes", stop_after=0, splits={"train": SplitPlan(30, labelled=True), "validation": SplitPlan(11, labelled=True)})
+    (tmp_path / "codes/validation/00000.parquet").write_bytes(b"killed before its facts")
     (tmp_path / "codes/train/.tmp-1-00000.parquet").write_bytes(b"torn")
     dump(tmp_path / "codes")
     assert contents(tmp_path / "codes") == contents(tmp_path / "whole")
@@ -275,6 +321,8 @@ def test_two_dumps_into_one_folder_at_once_are_refused(tmp_path: Path) -> None:
             os._exit(7)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    with pytest.raises(UserError, match=r"^out: .*codes/\.dump is in use by this process"):
+        CodesWriter(tmp_path / "codes", [TOP], signal=SIGNAL, tokenizer=TOKENIZER, splits={"train": SplitPlan(4)})
     assert writer.mine()
 
 

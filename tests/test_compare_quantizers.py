@@ -159,6 +159,11 @@ def test_an_interrupted_comparison_goes_on(tmp_path: Path, faked: list[str], mon
     assert faked == TWO  # its training resumes, and is done
 
 
+def test_a_comparison_without_priors_ends_with_its_report(tmp_path: Path, faked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    compare(config(tmp_path / "out", prior="fashion_mnist/gpt", best=0), Flags())
+    assert sorted(faked) == sorted([*BEGIN, *ONE, *TWO]) and "| one |" in capsys.readouterr().out
+
+
 def test_figures_alone_go_on_elsewhere_and_tokenizers_for_priors_are_trained_again(tmp_path: Path, faked: list[str]) -> None:
     compare(config(tmp_path / "here"), Flags())
     there = tmp_path / "there"

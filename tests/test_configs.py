@@ -188,3 +188,25 @@ def test_the_geometries_are_those_that_the_names_promise(tmp_path):
             module: Any = build_on_meta(TOKENIZERS.get(config.tokenizer.type_name), config.tokenizer, SignalSpec("image", 1, (28, 28)))
             assert [(level.vocab, level.shape) for level in module.level_specs()] == LEVELS[name]
     assert set(NAMES) >= LEVELS.keys()
+
+
+def test_a_template_of_own_images_steps_on_folders_of_splits_as_its_readme_promises(tmp_path):
+    root, sizes = tmp_path / "images", {"train": 24, "validation": 6, "test": 4}
+    for split, n in sizes.items():
+        (root / split).mkdir(parents=True)
+        tiny_data(FolderConfig(), root / split)  # 24 images of 2 classes
+        for folder in (root / split).iterdir():
+            for path in sorted(folder.iterdir())[n // 2 :]:
+                path.unlink()
+    script = importlib.import_module(SCRIPTS["tokenizer"])
+    config = load("imagefolder/vqvae", tmp_path / "run", "--data.root", str(root), "--data.transform.size", "32")
+    source = script.SOURCES.build(config.data)
+    assert {name: len(source.split(name)) for name in source.splits} == sizes
+    config = config.replace(init_samples=16, log=config.log.replace(**LOG | {"validate_every": 1}), **REDUCED)
+    script.train(config, Flags(max_steps=1, allow_low_space=True))
+    assert "validation/psnr" in (tmp_path / "run/metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("imagefolder/v")])
+def test_templates_of_own_images_hold_out_nothing_where_there_is_a_validation_folder(name, tmp_path):
+    assert load(name, tmp_path / "run").data.holdout is None

@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 
 from intarsia.config import ConfigError
-from stage1_tokenizer.data import preflight
+from stage1_tokenizer.data import decoded, preflight
 from stage1_tokenizer.data.base import DataError, SourceConfig
 from stage1_tokenizer.data.decoded import DecodedSplit
+from stage1_tokenizer.data.errors import BadFileError
 from stage1_tokenizer.data.folder import FolderConfig, FolderSource
 from stage1_tokenizer.data.transform import TransformConfig
 
@@ -293,7 +294,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "animated WebP": (bad_file(lambda: frames("WEBP"), "bad.webp"), r"b/bad\.webp: 3 frames"),
     "pages of a TIFF": (bad_file(lambda: frames("TIFF"), "bad.tif"), r"b/bad\.tif: 3 frames"),
     "name that is not UTF-8": (not_utf8, r"b/bad\\udcff\.png: the name of the file is not UTF-8"),
-    "name with a newline": (newline_in_name, r"b/bad\\n\.png: the name of the file is not UTF-8, or not printable"),
+    "name with a newline": (newline_in_name, r"b/bad\\n\.png: the name of the file is not UTF-8, or holds a control character"),
     "symlink to itself": (loop_of_files, r"b/bad\.png: Too many levels of symbolic links"),
     "dangling symlink": (dangling, r"b/bad\.png: No such file"),
     "symlink to a folder above": (loop_of_folders, r"data\.root: .*b/bad.* loop"),
@@ -321,6 +322,62 @@ def test_d2_bad_images_and_folders_are_named_before_training(case: str, two_clas
     with pytest.raises(DataError, match=words) as error:
         build(two_classes)
     assert "\n" not in str(error.value)
+
+
+NAMES = ["Screenshot 9.41.00\u202fAM", "family \U0001f468\u200d\U0001f469\u200d\U0001f467", "\u0627\u200c\u0628", "full\u3000width"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_files_may_hold_any_letters_joiners_and_spaces(name: str, tmp_path: Path) -> None:
+    fill(tmp_path, 3)
+    (tmp_path / "001.png").rename(tmp_path / f"{name}.png")
+    split = build(tmp_path, holdout=0, memory=0).split("train")
+    assert len(split) == 3 and split.batch(torch.arange(3))["x"].shape == (3, 3, 16, 16) and split.digest()
+    (tmp_path / f"{name}.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"\.png: the file is empty") as error:
+        split.batch(torch.arange(3))
+    assert str(error.value).isprintable()
+
+
+# What is left out ----------------------------------------------------------------------------------------------------
+def test_files_that_are_not_taken_are_counted_by_their_suffixes(tmp_path: Path) -> None:
+    root = tmp_path / "classes"
+    for name in ("a", "b"):
+        fill(root / name / "deep", 2)
+        (root / name / "x.HEIC").touch()
+    (root / "a" / "notes").touch()
+    (root / "a" / ".hidden").touch()
+    fill(root, 3)
+    (root / "list.csv").touch()
+    source = build(root, layout="classes", holdout=0)
+    assert source.summary()[-1] == "no images by their names or places, left out: 1 .csv, 2 .heic, 3 .png, 1 no suffix"
+    assert not any("left out" in line for line in build(root / "a" / "deep", holdout=0).summary())
+    for split in ("train", "test"):
+        fill(tmp_path / "set" / split, 2)
+        (tmp_path / "set" / split / "000.txt").write_text("a caption")
+        (tmp_path / "set" / split / "001.txt").write_text("a caption")
+    (tmp_path / "set" / "README.md").touch()
+    (tmp_path / "set" / "test" / "list.txt").touch()
+    left = [build(tmp_path / "set", captions=captions, holdout=0).summary()[-1].split(": ")[1] for captions in (False, True)]
+    assert left == ["1 .md, 5 .txt", "1 .md, 1 .txt"]
+
+
+def test_a_file_that_cannot_be_decoded_may_be_replaced_unless_the_run_knows_its_data_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path, 6)
+    monkeypatch.setattr(decoded, "DIGEST_SAMPLES", 2)  # the first and the last
+    split = build(tmp_path, memory=0, holdout=0).split("train")
+    before = split.sketch()
+    for name, replaceable in (("000.png", False), ("003.png", True)):
+        good = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(good[:-60])
+        with pytest.raises(BadFileError, match=name) as error:
+            split.batch(torch.arange(6))
+        assert error.value.replaceable == replaceable
+        picture(77).save(tmp_path / name)
+        assert (build(tmp_path, memory=0, holdout=0).split("train").sketch() == before) == replaceable
+        (tmp_path / name).write_bytes(good)
 
 
 def test_one_class_folder_is_a_class_where_that_is_said(two_classes: Path) -> None:

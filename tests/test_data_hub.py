@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from intarsia import yaml_io
 from intarsia.config import ConfigError
 from stage1_tokenizer.data import hub
 from stage1_tokenizer.data.arrays import ArraySplit
@@ -195,6 +197,30 @@ def test_wrong_labels_are_named(labels: list[object], words: str, tmp_path: Path
     data = datasets.Dataset.from_dict({"image": [png(i) for i in range(4)], "label": labels})
     data.to_parquet(tmp_path / "x.parquet")
     with pytest.raises(DataError, match=words):
+        build(tmp_path / "x.parquet", tmp_path)
+
+
+@pytest.mark.parametrize("saved", ["on disk", "parquet"])
+def test_a_split_whose_labels_are_all_kept_back_is_named_with_the_ways_out(saved: str, tmp_path: Path) -> None:
+    parts = {"train": labelled(6), "valid": labelled(4, 50), "test": labelled(3, 80, label=[-1] * 3)}
+    if saved == "on disk":
+        datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")
+    else:
+        (tmp_path / "set").mkdir()
+        for name, part in parts.items():
+            part.to_parquet(tmp_path / "set" / f"{name}.parquet")
+    with pytest.raises(DataError, match="data.label: split 'test' is unlabelled: all its labels are -1; .* leaves it out, ") as error:
+        build(tmp_path / "set", tmp_path, holdout=None)
+    flag = re.search(r'--data\.splits "(.*)" leaves', str(error.value))
+    assert flag is not None
+    source = build(tmp_path / "set", tmp_path, holdout=None, splits=yaml_io.load(flag[1]))
+    assert {name: len(source.split(name)) for name in source.splits} == {"train": 6, "validation": 4}
+    assert build(tmp_path / "set", tmp_path, holdout=None, label="").splits == ("train", "validation", "test")
+
+
+def test_a_train_split_without_labels_has_one_way_out(tmp_path: Path) -> None:
+    labelled(3, label=[-1] * 3).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(DataError, match="split 'train' is unlabelled: all its labels are -1; data.label: '' takes no labels$"):
         build(tmp_path / "x.parquet", tmp_path)
 
 

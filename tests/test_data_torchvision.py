@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +169,22 @@ def test_what_is_downloaded_is_fetched_by_one_rank_before_the_others_look(
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", Toy)
     config = TorchvisionConfig(name="CIFAR100", root=str(tmp_path), download=True)
     assert ranks(lambda rank: len(open_sets(config)["train"])) == [4, 4]
+
+
+def test_the_others_wait_for_a_download_that_takes_longer_than_the_groups_timeout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: Callable[..., list[Any]]
+) -> None:
+    class Slow(torchvision.datasets.FakeData):
+        def __init__(self, root: str, download: bool = False) -> None:
+            super().__init__(size=4)
+            if not (path := tmp_path / "whole").exists():
+                time.sleep(2.5)
+                path.touch()
+
+    def opened(rank: int) -> int:
+        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=1), torch.distributed.group.WORLD)
+        return len(open_sets(config)["train"])
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", Slow)
+    config = TorchvisionConfig(name="CIFAR100", root=str(tmp_path), download=True)
+    assert ranks(opened) == [4, 4]

@@ -215,6 +215,24 @@ def test_check_and_dry_run_write_nothing(tmp_path: Path, run_folder: Path, capsy
     assert not (tmp_path / "codes").exists()
 
 
+def test_check_refuses_what_the_dump_would_refuse(tmp_path: Path, run_folder: Path) -> None:
+    run, codes = ["--tokenizer", str(run_folder), "--check"], tmp_path / "codes"
+    main([*run[:2], "--out", str(codes), "--shard_rows", "8"])
+    main([*run, "--out", str(codes), "--shard_rows", "8"])
+    with pytest.raises(CodesError, match="holds a complete dump of something else: shard_rows is 8 there and 16 here"):
+        main([*run, "--out", str(codes), "--shard_rows", "16"])
+    (codes / "codes.json").unlink()
+    with pytest.raises(CodesError, match="not empty and holds no dump"):
+        main([*run, "--out", str(codes), "--shard_rows", "8"])
+    with pytest.raises(CodesError, match="is a file; expected a folder"):
+        main([*run, "--out", str(codes / "train/00000.parquet")])
+    with pytest.raises(CodesError, match="cannot be written to: Not a directory"):
+        main([*run, "--out", str(codes / "train/00000.parquet/x")])
+    with pytest.raises(ValueError, match=r"data: the signals are .*4, 4.*; the tokenizer takes .*8, 8"):
+        main([*run, "--out", str(tmp_path / "new"), "--data.transform.size", "4"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["codes"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

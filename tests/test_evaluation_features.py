@@ -147,3 +147,18 @@ def test_check_and_dry_run_train_nothing(tmp_path, monkeypatch, capsys, flag):
     monkeypatch.setattr("sys.argv", ["train_features", "--name", "new", "--out", str(tmp_path / "out"), flag])
     train_features.main()
     assert "10 classes" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_where_it_cannot_be_written_is_said_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_features, "train", lambda *args: pytest.fail("trained"))
+    (tmp_path / "file").write_text("mine")
+    for out in ("file", "file/below"):
+        monkeypatch.setattr("sys.argv", ["train_features", "--name", "new", "--out", str(tmp_path / out)])
+        with pytest.raises(UserError, match=f"^out: {tmp_path / out} is a file, or lies below one; expected a folder"):
+            train_features.main()
+    assert (tmp_path / "file").read_text() == "mine"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sys.argv", ["train_features", "--name", "new", "--out", str(tmp_path / "out")])
+    with pytest.raises(UserError, match="^WORLD_SIZE: 2 processes; a feature model is trained by one"):
+        train_features.main()
+    assert not (tmp_path / "out").exists()

@@ -8,12 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
+from intarsia.cli import UserError
 from intarsia.config import ConfigError
 from intarsia.files import finite_or_null
 from intarsia.specs import SignalSpec
 from stage1_tokenizer.data.arrays import ArraySplit
 from stage1_tokenizer.data.base import Source
 from stage1_tokenizer.data.bundled import BundledConfig
+from stage1_tokenizer.data.errors import DataError
 from stage1_tokenizer.data.transform import TransformConfig
 from stage1_tokenizer.evaluate import EvaluateConfig, decoded_codes, evaluate, main, out_folder, report, table
 from stage1_tokenizer.metrics import psnr, unit
@@ -153,3 +155,21 @@ def test_a_release_without_a_run_needs_to_be_told_where_to_write_and_what_the_da
         main(["--tokenizer", str(tmp_path / "release"), "--out", str(tmp_path / "out")])
     with pytest.raises(ConfigError, match="an evaluation has no steps"):
         main(["--tokenizer", str(tmp_path / "release"), "--max_steps", "3"])
+
+
+def test_check_refuses_what_the_evaluation_would_refuse_before_its_work(tmp_path):
+    run = tmp_path / "run"
+    tiny.tokenizer().save_pretrained(run / "model")
+    for name, split in (("train", "train"), ("t10k", "validation")):
+        write_idx(tmp_path / f"{name}-images-idx3-ubyte", Noise().split(split).x[:, 0].numpy())
+    (run / "config.yaml").write_text(f"data: {{type: idx, root: {tmp_path}, train_labels: '', test_labels: '', holdout: 10}}\n")
+    words = ["--tokenizer", str(run), "--split", "test", "--device", "cpu", "--check"]
+    main(words)
+    with pytest.raises(ValueError, match="data: the signals are .*; the tokenizer takes .*"):
+        main([*words, "--data.transform.size", "4"])
+    with pytest.raises(DataError, match="no split 'validation'"):
+        main([*words, "--data.holdout", "0", "--split", "validation"])
+    for out, reason in ((run / "config.yaml", "Not a directory"), (run / "config.yaml/deep/er", "Not a directory")):
+        with pytest.raises(UserError, match=f"out: .*config.yaml.* cannot be written to: {reason}"):
+            main([*words, "--out", str(out)])
+    assert sorted(p.name for p in run.iterdir()) == ["config.yaml", "model"]

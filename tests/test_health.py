@@ -22,6 +22,7 @@ from stage1_tokenizer.quantizers.bsq import BSQConfig
 from stage1_tokenizer.quantizers.fsq import FSQConfig
 from stage1_tokenizer.quantizers.gumbel import GumbelConfig
 from stage1_tokenizer.quantizers.lfq import LFQConfig
+from stage1_tokenizer.quantizers.product import ProductConfig
 from stage1_tokenizer.quantizers.residual import ResidualConfig
 from stage1_tokenizer.quantizers.simvq import SimVQConfig
 from stage1_tokenizer.quantizers.vq import VQ, VQConfig
@@ -258,6 +259,17 @@ def test_advice_is_of_the_kind_and_names_auto_where_it_helps() -> None:
         health.count([torch.zeros(1, 4, 4, dtype=torch.int64)])
         health.look(model, comm, never, said.append, left=500)
         assert words in said[0] and "ema" not in said[0] and ("health.collapse: auto" in said[0]) == auto
+
+
+@pytest.mark.parametrize("kind", ["gumbel", "residual", "product"])
+def test_what_is_watched_are_the_codes_that_encode_gives_not_those_that_noise_draws(kind: str) -> None:
+    noisy = GumbelConfig(codes=8, dim=4, scale=0.01, init="normal")
+    configs = {"gumbel": noisy, "residual": ResidualConfig(stages=2, inner=noisy), "product": ProductConfig(groups=2, inner=noisy)}
+    model = VQVAE(VQVAEConfig(net=NET, quantizer=configs[kind]), SIGNAL).train()
+    x = torch.rand(16, 1, 8, 8) * 2 - 1
+    out = model(x, rng=StepRng(0, 0, torch.arange(16)))
+    assert out.likely is not None and torch.equal(out.likely[0], model.encode(x)[0])
+    assert not torch.equal(out.codes[0], out.likely[0]) and len(out.likely) == len(out.codes)
 
 
 def test_the_remedy_turns_restarts_on_that_were_off() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import struct
 import sys
@@ -20,7 +21,7 @@ from intarsia import yaml_io
 from intarsia.config import Config
 from intarsia.files import DiskFullError
 from intarsia.hub import Pretrained
-from intarsia.hub_files import HubError, check_subfolder, fetch, push_folder, release_folder
+from intarsia.hub_files import HubError, check_source, check_subfolder, fetch, push_folder, release_folder
 from intarsia.registry import Registry
 from intarsia.tensor_files import TensorFileError, read_header
 from tests.hub_server import TOKEN, HubServer
@@ -178,7 +179,12 @@ def test_the_release_of_a_run_folder_is_its_model(tmp_path: Path) -> None:
     built().save_pretrained(tmp_path / "model")
     assert release_folder(tmp_path) == str(tmp_path / "model")
     assert release_folder(tmp_path / "model") == str(tmp_path / "model")
-    assert release_folder("user/name") == "user/name"
+    for name in ("user/name", "user/name@v1", "user/name//tokenizer"):
+        assert release_folder(name) == name
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/config.yaml").touch()
+    with pytest.raises(HubError, match="begun/model: there is no such folder; the run has not released a model yet"):
+        release_folder(tmp_path / "begun")
 
 
 def test_b1_a_full_disk_is_named_and_leaves_nothing_torn(tmp_path: Path) -> None:
@@ -325,6 +331,27 @@ def test_e2_a_subfolder_that_is_no_plain_path_is_refused(saved: Path, subfolder:
 def test_what_is_neither_folder_nor_hub_id_is_refused(path: str) -> None:
     with pytest.raises(HubError, match="is neither a folder nor a Hub id"):
         Toy.from_pretrained(path)
+
+
+def test_a_misspelt_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("tok", "prior"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    for path, hint in (("runs/tokk", "did you mean 'runs/tok'? "), ("runs/xyz", ""), ("runs/tokk//x", "did you mean 'runs/tok'? ")):
+        repo = path.split("//")[0]
+        message = f"there is no folder '{repo}'; {hint}a repository of that name on the Hub is '{repo}@main'"
+        with pytest.raises(HubError, match=f"^{re.escape(message)}$"):
+            Toy.from_pretrained(path)
+    with pytest.raises(HubError, match="^tokenizer: there is no folder 'runs/tokk'"):
+        check_source("tokenizer", "runs/tokk")
+    for path in ("runs/tok", "runs/tokk@main", "user/name", "user/name@v1//priors/0"):
+        check_source("tokenizer", path)
+
+
+@pytest.mark.parametrize("name", ["a/b@", "a/b//", "a/b@v1@v2", "@v1", "a@v1"])
+def test_a_name_with_an_empty_or_second_part_is_no_hub_id(name: str) -> None:
+    with pytest.raises(HubError, match="is neither a folder nor a Hub id"):
+        check_source("", name)
 
 
 def test_e2_files_of_other_names_are_never_asked_for(saved: Path) -> None:
@@ -549,6 +576,29 @@ def test_several_models_of_one_repository_load_alone(hub: HubServer, tmp_path: P
         assert Toy.from_pretrained("me/all", subfolder=name).weights_sha256 == built(seed=seed).weights_sha256
     first = fetch("me/all", ["pipeline.json"])
     assert fetch("me/all", ["priors/1/config.json"], revision=first.revision).folder == first.folder
+
+
+def test_a_name_holds_revision_and_subfolder(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = []
+    for seed in range(2):
+        built(seed=seed).save_pretrained(tmp_path / "all" / "parts/net")
+        commits.append(push_folder("me/all", tmp_path / "all", revision=f"v{seed}"))
+    old, new = built(seed=0).weights_sha256, built(seed=1).weights_sha256
+    for name, expected in (("@v0//parts/net", old), (f"@{commits[0]}//parts/net", old), ("@v1//parts/net", new), ("@v1//parts", new)):
+        subfolder = "net" if name.endswith("parts") else ""
+        assert Toy.from_pretrained(release_folder(f"me/all{name}"), subfolder=subfolder).weights_sha256 == expected, name
+    assert Toy.from_pretrained("me/all@v0", subfolder="parts/net").weights_sha256 == old
+    assert Toy.from_pretrained("me/all@v1//parts/net", revision=commits[0]).weights_sha256 == old, "a commit pins what a name found"
+    with pytest.raises(HubError, match="revision: 'v1' was given, but the name me/all@v0 says 'v0'"):
+        Toy.from_pretrained("me/all@v0//parts/net", revision="v1")
+    with pytest.raises(HubError, match="me/all@v9//parts/net: there is no revision 'v9'"):
+        Toy.from_pretrained("me/all@v9//parts/net")
+    with pytest.raises(HubError, match="subfolder: '../x'"):
+        Toy.from_pretrained("me/all//../x")
+    monkeypatch.chdir(tmp_path)
+    built(seed=2).save_pretrained(tmp_path / "me/all@v0")
+    (tmp_path / "me/all@v0/README.md").unlink()
+    assert Toy.from_pretrained("me/all@v0").weights_sha256 == built(seed=2).weights_sha256, "a folder of that name comes first"
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,12 @@ def test_the_figures_are_those_of_plain_code(kind: str) -> None:
     mask[..., 4:] = True
     keep = [kept_cells(mask, level.shape) for level in pipeline.spec.levels]
     drawn = sum(level.positions for level in pipeline.spec.levels) // 2
-    completed = pipeline.complete_codes(codes, keep, label=held["label"], seed=3, temperature=0.7)
+    border = unit(held["x"])[..., :4]
+    told = pipeline.encode(torch.cat([border, border[..., -1:].expand(-1, -1, -1, 4)], -1))
+    completed = pipeline.complete_codes(told, keep, label=held["label"], seed=3, temperature=0.7)
     baseline = IndependentCodes(pipeline.spec.levels, pipeline.encode(unit(train["x"])), train["label"], 4)
     marginal = baseline.sample(torch.arange(30), held["label"], 3)
-    independent = [torch.where(k, c, m) for k, c, m in zip(keep, codes, marginal, strict=True)]
+    independent = [torch.where(k, c, m) for k, c, m in zip(keep, told, marginal, strict=True)]
     bits = {
         name: judge.nll(found, held["label"]).mean().item() / math.log(2) / drawn
         for name, found in (("real", codes), ("completed", completed), ("independent", independent))
@@ -49,6 +51,18 @@ def test_the_figures_are_those_of_plain_code(kind: str) -> None:
     assert last["value"] == pytest.approx(bits["independent"] - bits["completed"]) and last["low"] < last["value"] < last["high"]
     assert torch.equal(pictures["completed"], pipeline.decode([c[:10] for c in completed]))
     json.dumps(tree, allow_nan=False)
+
+
+def test_nothing_of_what_is_hidden_reaches_what_is_drawn(monkeypatch: Any) -> None:
+    pipeline, few = tiny.pipeline("maskgit", micro_batch=16), JudgeConfig(part="right", n=12, bootstrap=2)
+    before = measure_completions(pipeline, pipeline, Blobs(), few)[1]
+    source, mask = Blobs(), part_mask("right", 1, (8, 8))
+    held = source.split("validation")
+    real = held.batch
+    monkeypatch.setattr(held, "batch", lambda *a, **k: (found := real(*a, **k)) | {"x": torch.where(mask, -found["x"], found["x"])})
+    after = measure_completions(pipeline, pipeline, source, few)[1]
+    assert torch.equal(before["completed"], after["completed"]) and torch.equal(before["independent"], after["independent"])
+    assert not torch.equal(before["real"], after["real"])
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (7, 9), (28, 28)])

@@ -17,7 +17,7 @@ from tests.tiny_priors import Case
 WIDTH, DEPTH, HEADS = 24, 2, 2
 
 
-def pair(attention: str = "sdpa") -> tuple[Transformer, LlamaTrunk]:
+def pair(attention: str = "stage2_prior") -> tuple[Transformer, LlamaTrunk]:
     """Our trunk with random weights, norms included, and a Llama that is given them."""
     torch.manual_seed(0)
     own = Transformer(WIDTH, DEPTH, HEADS).eval()
@@ -28,7 +28,7 @@ def pair(attention: str = "sdpa") -> tuple[Transformer, LlamaTrunk]:
     return own, llama
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["stage2_prior", "sdpa", "eager"])
 @pytest.mark.parametrize("axes", [0, 1, 2, 3])
 @torch.no_grad()
 def test_the_two_trunks_are_one_function_with_and_without_cache(attention: str, axes: int) -> None:
@@ -42,6 +42,8 @@ def test_the_two_trunks_are_one_function_with_and_without_cache(attention: str, 
     for a, b in ((0, 3), *((i, i + 1) for i in range(3, 9))):
         parts.append(llama.append(x[:, a:b], cache, None if rotary is None else (rotary[0][a:b], rotary[1][a:b])))
     assert cache.length == 9
+    with pytest.raises(ValueError, match="cache: 2 places at once after 9; only the first call takes several"):
+        llama.append(x[:, :2], cache)
     torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-5, rtol=0)
 
 
@@ -89,6 +91,11 @@ def test_foreign_and_missing_weights_are_named() -> None:
     del state["model.layers.1.self_attn.k_proj.weight"]
     with pytest.raises(ValueError, match="'layers.1.self_attn.k_proj.weight': missing"):
         from_llama(state)
+    state = llama.state_dict()
+    with pytest.raises(ValueError, match="'norm.weight': missing"):
+        from_llama({name: tensor for name, tensor in state.items() if name != "model.norm.weight"})
+    with pytest.raises(ValueError, match="'layers.0.self_attn.q_proj.weight': missing"):
+        from_llama({name: tensor for name, tensor in state.items() if ".layers.0." not in name})
 
 
 def test_llamas_blocks_have_no_dropout_and_say_so() -> None:

@@ -9,7 +9,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from stage2_prior.masking import SCHEDULES, gamma, halton_order, masked_count, masked_places, remaining
+from stage2_prior.masking import SCHEDULES, gamma, halton_order, masked_count, masked_places, most_revealed, remaining
 
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
 
@@ -55,7 +55,7 @@ def test_the_masked_places_are_as_many_as_asked_and_any_of_them_as_likely() -> N
 @every_schedule
 @pytest.mark.parametrize(("steps", "size"), [(1, 1), (1, 9), (5, 5), (8, 49), (12, 196), (3, 4)])
 def test_every_step_reveals_something_until_all_is_known(schedule: str, steps: int, size: int) -> None:
-    table = remaining(schedule, steps, size)
+    table = remaining(schedule, steps, tuple(range(size + 1)))
     assert table.shape == (steps + 1, size + 1)
     for unknown in range(size + 1):
         left = table[:, unknown].tolist()
@@ -67,11 +67,14 @@ def test_every_step_reveals_something_until_all_is_known(schedule: str, steps: i
             wanted = math.floor(share[step] * unknown)
             if steps - step <= wanted <= left[step - 1] - 1:  # where no bound stands in the way
                 assert left[step] == wanted
+        assert remaining(schedule, steps, (unknown,))[:, 0].tolist() == left  # whatever others are asked for
+    assert table.amax(1).tolist() == table[:, size].tolist()
+    assert most_revealed(schedule, steps, size) == tuple((table[:-1] - table[1:]).amax(1).tolist())
 
 
 def test_eight_cosine_steps_over_49_positions_are_those_of_the_paper() -> None:
     left = [49] + [math.floor(49 * math.cos(math.pi / 2 * t / 8)) for t in range(1, 8)] + [0]
-    assert remaining("cosine", 8, 49)[:, 49].tolist() == left == [49, 48, 45, 40, 34, 27, 18, 9, 0]
+    assert remaining("cosine", 8, (49,))[:, 0].tolist() == left == [49, 48, 45, 40, 34, 27, 18, 9, 0]
 
 
 # Halton ----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,9 @@ from intarsia.run_config import OptimConfig
 from intarsia.specs import SignalSpec
 from intarsia.stepping import parameter_groups, state_bytes
 from stage1_tokenizer.quantizers.base import QUANTIZERS
+from stage1_tokenizer.quantizers.gumbel import GumbelConfig
+from stage1_tokenizer.quantizers.simvq import SimVQConfig
+from stage1_tokenizer.quantizers.vq import VQConfig
 from stage1_tokenizer.tokenizers.base import TOKENIZERS
 from stage1_tokenizer.tokenizers.vqvae import VQVAEConfig
 from tests.tiny_priors import CASES
@@ -134,6 +137,17 @@ def test_frozen_and_tied_weights_are_left_out():
     net[3].weight.requires_grad_(False)
     net[4].muon = False
     assert names(net) == {"2.weight"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [VQConfig(codes=8, dim=4, update="gradient"), SimVQConfig(codes=8, dim=4), GumbelConfig(codes=8, dim=4, logits="linear")],
+    ids=["gradient", "simvq", "gumbel"],
+)
+def test_weight_decay_leaves_codes_that_nobody_uses_where_they_are(config):
+    module = nn.Sequential(nn.Linear(4, 4), QUANTIZERS.build(config))
+    decayed = {id(p) for group in parameter_groups(module, OptimConfig(weight_decay=0.1)) if group["weight_decay"] for p in group["params"]}
+    assert decayed == {id(module[0].weight)}
 
 
 @pytest.mark.parametrize("optim", [{}, {"muon": 0.02}, {"muon": 0.02, "average": 0.9}])

@@ -58,6 +58,22 @@ def test_what_options_come_to_is_told_as_briefly_as_it_can(three: TwoStagePipeli
     }
 
 
+def test_an_order_without_noise_takes_the_default_noise_away_and_an_explicit_one_is_refused(three: TwoStagePipeline) -> None:
+    noisy = TwoStagePipeline(three.tokenizer, three.priors, micro_batch=8, defaults={"noise": 3.0, "steps": 4})
+    plain = TwoStagePipeline(three.tokenizer, three.priors, micro_batch=8, defaults={"steps": 4})
+    assert torch.equal(noisy.sample(4, seed=0, order="halton"), plain.sample(4, seed=0, order="halton"))
+    assert merged_options(three.priors, noisy.defaults, {"order": "halton"}) == {"steps": 4, "order": "halton"}
+    assert merged_options(three.priors, noisy.defaults, {"order": "confidence"})["noise"] == 3.0
+    with pytest.raises(ValueError, match="noise: 2.0; order 'halton' has no use for it"):
+        noisy.sample(4, order="halton", noise=2.0)
+    parallel = tiny.pipeline("joint parallel", defaults={"noise": 3.0})
+    assert merged_options(parallel.priors, parallel.defaults, {"order": {"top": "raster"}}) == {
+        "noise": {"bottom": 3.0},
+        "order": {"top": "raster"},
+    }
+    assert parallel.sample(2, seed=0, label=0, order={"top": "raster"}).shape == (2, 1, 8, 8)
+
+
 def drawn(pipeline: TwoStagePipeline, **options: Any) -> list[Tensor]:
     """The codes of 16 samples of one class."""
     keep = [torch.zeros(16, *level.shape, dtype=torch.bool) for level in pipeline.spec.levels]
@@ -111,6 +127,7 @@ def test_a_schedule_of_guidance_is_one_value_for_all_levels_or_a_level_of_a_mapp
         ({"steps": 65}, "^steps: 65; level 'finest' has 64 positions"),
         ({"min_p": 2}, "^min_p: 2; expected a number in"),
         ({"guidance": {"stop": 2}}, "^guidance: .*expected a number, or start, stop and shape"),
+        ({"temperature": {}}, "^temperature: an empty mapping; expected a value, or one for at least one of top, bottom, finest"),
         ({"text": "a red shoe"}, "^text: no prior of this pipeline takes text"),
     ],
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from PIL import Image
 
 import pipelines.two_stage
 from intarsia.hub_files import HubError
-from pipelines import TwoStagePipeline, assemble, load_prior, load_tokenizer
+from pipelines import TwoStagePipeline, load_prior, load_tokenizer
 from stage2_prior.priors.base import Prior
 from tests import tiny_pipelines as tiny
 from tests.hub_server import HubServer
@@ -110,6 +112,23 @@ def test_saving_into_a_folder_of_other_things_is_refused(ladder: TwoStagePipelin
     with pytest.raises(FileExistsError, match="file: is a file; expected a folder"):
         ladder.save_pretrained(tmp_path / "file")
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, "file"])
+
+
+def test_a_folder_that_is_a_disk_of_its_own_is_written_to(monkeypatch: Any, ladder: TwoStagePipeline, tmp_path: Path) -> None:
+    disk, real = tmp_path / "disk", os.replace
+    disk.mkdir()
+
+    def replace(source: Any, target: Any) -> None:
+        if not Path(source).is_relative_to(disk) or not Path(target).is_relative_to(disk) or Path(target) == disk:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    for _ in range(2):
+        ladder.save_pretrained(disk)
+        assert files(disk) == sorted(FILES) and sorted(p.name for p in tmp_path.iterdir()) == ["disk"]
+        assert [p.name for p in disk.iterdir() if p.name.startswith(".")] == []
+    assert same(TwoStagePipeline.from_pretrained(disk), ladder)
 
 
 def test_a_failed_saving_leaves_the_old_pipeline_whole(monkeypatch: Any, ladder: TwoStagePipeline, saved: Path) -> None:
@@ -213,30 +232,6 @@ def test_the_bundled_pipeline_lies_in_the_package_or_is_clearly_absent(monkeypat
         TwoStagePipeline.bundled()
     saved.rename(saved.parent / "bundled")
     assert same(TwoStagePipeline.bundled(), ladder)
-
-
-def test_assembling_keeps_the_sampling_options_that_it_is_given(ladder: TwoStagePipeline, tmp_path: Path) -> None:
-    for name, part in zip(("tok", "top", "bottom"), (ladder.tokenizer, *ladder.priors), strict=True):
-        part.save_pretrained(tmp_path / name)
-    words = [
-        "--tokenizer",
-        str(tmp_path / "tok"),
-        "--priors",
-        f"{tmp_path / 'top'}, {tmp_path / 'bottom'}",
-        "--out",
-        str(tmp_path / "made"),
-    ]
-    words += ["--temperature.top", "0.5", "--min_p", "0.1", "--guidance.start", "1", "--guidance.stop", "3"]
-    assemble.main([*words, "--check"])
-    assert not (tmp_path / "made").exists()
-    assemble.main(words)
-    options = {"temperature": {"top": 0.5}, "min_p": 0.1, "guidance": {"start": 1, "stop": 3}}
-    loaded = TwoStagePipeline.from_pretrained(tmp_path / "made")
-    assert loaded.defaults == options
-    plain = TwoStagePipeline(ladder.tokenizer, ladder.priors, micro_batch=32)
-    assert torch.equal(loaded.sample(8, seed=0, label=1), plain.sample(8, seed=0, label=1, **options))
-    with pytest.raises(ValueError, match="temperature.middle: unknown level"):
-        assemble.main([*words, "--temperature.middle", "1"])
 
 
 # The Hub ---------------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def reference(
         unknown = sum(masked)
         steps = min(12, size) if how.steps is None else how.steps
         own = max(1, min(steps, unknown))  # schedules of guidance and noise end with the sample's last step
-        left = remaining(how.schedule or prior.config.schedule, steps, size)[:, unknown].tolist()
+        left = remaining(how.schedule or prior.config.schedule, steps, (unknown,))[:, 0].tolist()
         order = list(range(size))
         if how.order == "halton":
             order = halton_order(level.shape).tolist()
@@ -162,7 +162,7 @@ def logits_of_all_states(label: int | None, guidance: float) -> dict[State, Tens
 def outcomes(how: MaskGITOptions, label: int | None, order: tuple[int, ...] | None) -> dict[State, float]:
     """The probability of each grid; ``order`` None reveals the most probable of the drawn codes, without noise."""
     table = logits_of_all_states(label, float(how.guidance))  # type: ignore[arg-type]
-    left = remaining(how.schedule or "cosine", how.steps_for(4), 4)[:, 4].tolist()
+    left = remaining(how.schedule or "cosine", how.steps_for(4), (4,))[:, 0].tolist()
     chances: dict[State, float] = {(MASK,) * 4: 1.0}
     for before, after in itertools.pairwise(left):
         following: dict[State, float] = defaultdict(float)
@@ -433,11 +433,32 @@ def test_in_a_fixed_order_the_head_predicts_each_position_once_and_about_once_wh
     assert 4 * 64 - 3 * 64 <= sum(seen["heads"]) <= 4 * (64 + 8)
 
 
+@pytest.mark.parametrize("case", [LEVELS, BELOW], ids=str)
+def test_training_and_the_bound_ask_the_head_for_masked_codes_alone(case: Case) -> None:
+    prior, codes, rng = build(case), case.codes(6), StepRng(0, 1, torch.arange(6))
+    asked: list[int] = []
+    for head in prior.output:
+        head.register_forward_pre_hook(lambda _, x: asked.append(x[0].shape[:-1].numel()))
+    masked = [torch.rand(6, level.positions) < 0.4 for level in prior.own]
+    own, told = [c.flatten(1) for c in codes[prior.levels.start :]], prior._context(codes[: prior.levels.start], case.cond(6).label)
+    for i, places in enumerate(masked):
+        nats = prior._nats(i, own, own, places, told, None)
+        assert asked.pop() == places.sum()
+        grid = places.view_as(codes[prior.levels.start + i])
+        logits = prior.logits(codes[: prior.levels.start + i + 1], grid, case.cond(6))
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), own[i].flatten(), reduction="none").view_as(places)
+        torch.testing.assert_close(nats, torch.where(places, expected, 0), atol=1e-5, rtol=1e-5)
+        asked.clear()
+    prior.loss(codes, case.cond(6), rng)[0].backward()
+    assert all(count < 6 * level.positions for count, level in zip(asked, prior.own, strict=True))
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in prior.parameters())
+
+
 def test_in_the_order_of_confidence_the_head_predicts_what_is_still_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = count_positions(monkeypatch)
     case = Case("maskgit", ((6, (2, 2)), (5, (8, 8))), levels="1:2")
     build(case).sample(torch.arange(4), upper=case.codes(4)[:1], steps=8, micro_batch=4)
-    assert seen["heads"] == [4 * left for left in remaining("cosine", 8, 64)[:-1, 64].tolist()]
+    assert seen["heads"] == [4 * left for left in remaining("cosine", 8, (64,))[:-1, 0].tolist()]
 
 
 @pytest.mark.parametrize(
@@ -524,6 +545,8 @@ def test_noise_spreads_what_is_revealed_first() -> None:
         ({"noise": math.nan}, "noise: nan; expected a finite number"),
         ({"noise": True}, "noise: True; expected a finite number"),
         ({"noise": 1.0, "order": "halton"}, "noise: 1.0; order 'halton' has no use for it, only 'confidence' has"),
+        ({"noise": 3.0, "temperature": 0}, "noise: 3.0; temperature 0 has no use for it, expected 0 or None"),
+        ({"noise": {}}, "noise: {}; expected a value, or values by level of level0, level1"),
         ({"schedule": "sine"}, "schedule: 'sine'; expected cosine, linear, square, cubic, sqrt or arccos"),
         ({"min_p": 2.0}, "min_p: 2.0; expected"),
         ({"beam": 3}, "beam: .* it has temperature, top_k, top_p, min_p, guidance, steps, order, noise, schedule"),

@@ -107,6 +107,13 @@ def test_check_looks_at_everything_and_writes_nothing(folder: Path, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_batch_below_the_micro_batch_is_told_that_it_saves_no_memory(folder: Path, capsys: Any) -> None:
+    for size, told in (("7", True), ("8", False)):
+        sample.main(["--pipeline", str(folder), "--n", "2", "--batch_size", size, "--check"])
+        shown = capsys.readouterr().out
+        assert ("batch_size: 7 is below the pipeline's micro_batch, 8" in shown) is told
+
+
 def files(folder: Path) -> None:
     Path("full").mkdir()
     Path("full/x").write_text("")

@@ -95,6 +95,45 @@ def test_an_interrupted_set_goes_on_where_it_was(pipeline: TwoStagePipeline, tmp
     assert not drawn and contents(tmp_path / "set") == contents(tmp_path / "whole")
 
 
+def test_what_is_missing_is_dealt_to_all_processes(pipeline: TwoStagePipeline, tmp_path: Path, ranks: Any) -> None:
+    write_set(pipeline, tmp_path / "whole", plan("npz"))
+    write_set(pipeline, tmp_path / "set", plan("npz"))
+    for start in (5, 13, 21, 25):
+        (tmp_path / "set" / f"{start:06d}.npz").unlink()
+    (tmp_path / "set" / "samples.json").unlink()
+
+    def drawn(rank: int) -> set[int]:
+        ids: set[int] = set()
+        real = TwoStagePipeline._draw
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TwoStagePipeline, "_draw", lambda self, i, request: ids.update(i.tolist()) or real(self, i, request))
+            write_set(pipeline, tmp_path / "set", plan("npz"))
+        return ids
+
+    assert ranks(drawn) == [{5, 6, 7, 8, 21, 22, 23, 24}, {13, 14, 15, 16, 25, 26, 27}], "each the half of what is missing"
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("key", ["device", "threads"])
+def test_a_set_is_not_mixed_of_the_bits_of_two_machines(pipeline: TwoStagePipeline, tmp_path: Path, monkeypatch: Any, key: str) -> None:
+    write_set(pipeline, tmp_path / "whole", plan("png"))
+    interrupted(tmp_path / "set", pipeline, 3, monkeypatch)
+    path = tmp_path / "set" / "plan.json"
+    begun = json.loads(path.read_text())
+    assert begun["device"] == "cpu" and begun["threads"] == torch.get_num_threads()
+    path.write_text(json.dumps(begun | ({"device": "cuda", "threads": None} if key == "device" else {"threads": 64})))
+    said = {"device": "device 'cuda' there, 'cpu' now", "threads": r"threads 64 there, \d+ now; .*OMP_NUM_THREADS=64 sets the threads"}
+    with pytest.raises(UserError, match=said[key]):
+        write_set(pipeline, tmp_path / "set", plan("png"))
+    path.write_text(json.dumps({k: v for k, v in begun.items() if k not in ("device", "threads")}))
+    write_set(pipeline, tmp_path / "set", plan("png"))
+    found = contents(tmp_path / "set")
+    assert {k: v for k, v in found.items() if k.endswith(".png")} == {
+        k: v for k, v in contents(tmp_path / "whole").items() if k.endswith(".png")
+    }
+    assert not {"device", "threads"} & set(json.loads(found["samples.json"])), "nobody knows where the first ones were drawn"
+
+
 def test_a_second_command_on_a_folder_that_is_being_written_is_refused(pipeline: TwoStagePipeline, tmp_path: Path) -> None:
     lock = RunLock(tmp_path, "out")
     with pytest.raises(UserError, match=f"^out: {tmp_path} is in use by this process"):

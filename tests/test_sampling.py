@@ -155,3 +155,10 @@ def test_top_k_above_the_vocabulary_is_refused_with_both_values() -> None:
 def test_an_option_that_there_is_not_is_refused_with_those_that_there_are() -> None:
     with pytest.raises(ValueError, match="steps: a gpt prior has no such sampling option; it has temperature, top_k, top_p, min_p"):
         choose_options(DrawOptions, {"temperature": 1.0, "steps": 8}, "a gpt prior", ["codes"])
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_a_schedule_says_the_same_of_a_tensor_as_of_its_numbers(shape: str) -> None:
+    schedule, progress = Guidance(1.0, 3.0, shape), torch.linspace(0, 1, 7, dtype=torch.float64)
+    expected = torch.tensor([schedule.at(u) for u in progress.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(schedule.along(progress), expected, atol=1e-14, rtol=0)

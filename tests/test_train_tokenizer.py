@@ -18,14 +18,17 @@ from intarsia.metrics_log import read_metrics
 from intarsia.order import Order
 from intarsia.run import Run
 from stage1_tokenizer import train as script
+from stage1_tokenizer.data import decoded
 from stage1_tokenizer.data.base import SOURCES
 from stage1_tokenizer.data.errors import DataError
 from stage1_tokenizer.metrics import psnr, unit
+from stage1_tokenizer.objectives.reconstruction import ReconstructionConfig
 from stage1_tokenizer.tokenizers.base import Tokenizer
 from stage1_tokenizer.tokenizers.vqvae import VQVAE
 from tests.training import HIERARCHY, TOKENIZER, Left, Toy, ToyConfig, augmented, run_training, tiny
 
 EVERY = {"validate_every": 5, "pictures_every": 5, "checkpoint_every": 5}
+UNTRAINED = ReconstructionConfig(prefix_weight=0.0)
 
 
 def left(config, **flags) -> Left:
@@ -252,6 +255,46 @@ CODES = ["--tokenizer.quantizer.codes", "40"]
 SMALL = ["--tokenizer.net.widths", "[8, 8]", "--tokenizer.net.blocks", "[0, 0]", "--tokenizer.net.encoder_blocks", "[0, 0]", *CODES]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"log": {"patience": 3}}, "log.patience: 3, but nothing is validated: log.validate_every is 0, the splits are train, validation"),
+        ({"tokenizer": HIERARCHY, "objective": UNTRAINED}, "tokenizer.prefix_blocks: 1 makes some; use tokenizer.prefix_blocks: null"),
+    ],
+)
+def test_settings_that_do_nothing_are_refused_before_training(tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(script, "start", lambda *a: pytest.fail("training has begun"))
+    with pytest.raises(ConfigError, match=message):
+        run_training(tiny(tmp_path, **changes))
+
+
+def test_patience_needs_a_validation_split_and_prefixes_without_weight_none(tmp_path, monkeypatch):
+    run_training(tiny(tmp_path / "a", steps=2, tokenizer=HIERARCHY.replace(prefix_blocks=None), objective=UNTRAINED))
+    run_training(tiny(tmp_path / "b", steps=2, log={"patience": 3, "validate_every": 1}))
+    monkeypatch.setattr("stage1_tokenizer.data.base.Source.splits", ("train",))
+    with pytest.raises(ConfigError, match="log.patience: 3, .* log.validate_every is 1, the splits are train; expected 0"):
+        run_training(tiny(tmp_path / "c", steps=2, log={"patience": 3, "validate_every": 1}))
+
+
+def test_an_image_that_goes_bad_under_way_can_be_replaced_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+    root, draw = tmp_path / "images", torch.Generator().manual_seed(0)
+    root.mkdir()
+    for i in range(12):
+        Image.fromarray(torch.randint(0, 256, (8, 8), generator=draw, dtype=torch.uint8).numpy()).save(root / f"{i:02}.png")
+    monkeypatch.setattr(decoded, "DIGEST_SAMPLES", 2)
+    words = ["--run", str(tmp_path / "run"), "--data.type", "folder", "--data.root", str(root), "--data.memory", "0", "--device", "cpu"]
+    words += [*SMALL, "--steps", "4", "--batch_size", "12", "--log.checkpoint_every", "1", "--data.holdout", "0"]
+    assert command(monkeypatch, *words, "--max_steps", "2") == 0
+    good = (root / "05.png").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "same_data", lambda run, source: (root / "05.png").write_bytes(good[:-40]))
+        assert command(patch, *words) == 2
+    shown = capsys.readouterr().err.splitlines()[-1]
+    assert "05.png: " in shown and "step 3" in shown and "(replace the file, and the same command goes on)" in shown
+    (root / "05.png").write_bytes((root / "00.png").read_bytes())
+    assert command(monkeypatch, *words) == 0 and Left.of(tmp_path / "run").step == 4
+
+
 def test_check_looks_at_the_data_and_dry_run_counts_without_making_a_folder(tmp_path, monkeypatch, capsys):
     run = str(tmp_path / "run")
     assert command(monkeypatch, "--run", run, "--data.type", "toy", *SMALL, "--check") == 0
@@ -262,6 +305,10 @@ def test_check_looks_at_the_data_and_dry_run_counts_without_making_a_folder(tmp_
     tokenizer = script.on_meta(tiny(run, tokenizer=TOKENIZER), SOURCES.build(ToyConfig()))
     assert all(p.is_meta for p in tokenizer.parameters()) and "parameters" in out and "bytes per checkpoint" in out
     assert not (tmp_path / "run").exists()
+    assert command(monkeypatch, "--run", run, "--data.type", "toy", *SMALL, "--check", "--log.patience=2", "--log.validate_every=0") == 2
+    monkeypatch.setenv("RANK", "1")
+    for flag in ("--check", "--dry_run"):
+        assert command(monkeypatch, "--run", run, "--data.type", "toy", *SMALL, flag) == 0 and capsys.readouterr().out == ""
 
 
 def test_dry_run_tells_parts_bits_and_prefixes(tmp_path):

@@ -144,6 +144,25 @@ def test_a_packed_layer_is_the_layer_as_it_was(bias: bool, rows: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("causal", [False, True])
+@torch.no_grad()
+def test_few_queries_are_answered_the_same_in_every_row_of_a_batch(threads: int, causal: bool) -> None:
+    """Where their number is no multiple of 4 torch's fused kernel rounds by the place in the batch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for length, keys in ((1, 16), (1, 49), (2, 21), (3, 33), (5, 49), (7, 7), (9, 20), (33, 33)):
+            if causal and keys > length:
+                continue
+            q, k, v = (torch.randn(1, n, 4, 8).expand(32, -1, -1, -1).contiguous().transpose(1, 2) for n in (length, keys, keys))
+            found = attend(q, k, v, causal)
+            assert torch.equal(found, found[:1].expand_as(found))
+            torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v, is_causal=causal))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
 def test_what_the_last_place_attends_to_does_not_depend_on_the_batch(threads: int) -> None:
     """With several threads torch's fused kernel rounds by the place in the batch."""
     before = torch.get_num_threads()

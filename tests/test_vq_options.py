@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,8 +16,12 @@ from stage1_tokenizer.quantizers.assign import assign, rotated_back
 from stage1_tokenizer.quantizers.base import QUANTIZERS, Quantizer, QuantizerConfig
 from stage1_tokenizer.quantizers.bsq import BSQConfig
 from stage1_tokenizer.quantizers.entropy import mean_entropy
+from stage1_tokenizer.quantizers.fsq import FSQConfig
 from stage1_tokenizer.quantizers.growth import codes_at
 from stage1_tokenizer.quantizers.gumbel import Gumbel, GumbelConfig
+from stage1_tokenizer.quantizers.lfq import LFQConfig
+from stage1_tokenizer.quantizers.product import ProductConfig
+from stage1_tokenizer.quantizers.residual import ResidualConfig
 from stage1_tokenizer.quantizers.simvq import SimVQ, SimVQConfig
 from stage1_tokenizer.quantizers.vq import VQ, VQConfig
 
@@ -281,13 +287,20 @@ def test_growth_that_a_skipped_step_missed_is_made_up_for_and_then_changes_nothi
 
 # No waiting ---------------------------------------------------------------------------------------------------------
 EVERYTHING = {"beta_warmup": 9, "estimator": "rotation", "entropy": {"weight": 0.1}, "grow": (2,), "rate": 0.1}
-KINDS = {
+VQ4 = VQConfig(codes=300, dim=4)
+KINDS: dict[str, Callable[[], Quantizer]] = {
     "vq": lambda: VQ(VQConfig(codes=300, dim=4)),
     "vq with all options": lambda: VQ(VQConfig.from_dict({"codes": 300, "dim": 4, "cosine": True, **EVERYTHING})),
     "vq gradient": lambda: VQ(VQConfig.from_dict({"codes": 300, "dim": 4, "update": "gradient", **EVERYTHING})),
     "simvq": lambda: SimVQ(SimVQConfig(codes=300, dim=4)),
     "gumbel": lambda: Gumbel(GumbelConfig(codes=300, dim=4)),
     "gumbel soft": lambda: Gumbel(GumbelConfig(codes=300, dim=4, hard=False, logits="linear")),
+    "fsq": lambda: QUANTIZERS.build(FSQConfig(levels=(8, 6, 5, 5))),
+    "lfq": lambda: QUANTIZERS.build(LFQConfig(bits=4)),
+    "bsq": lambda: QUANTIZERS.build(BSQConfig(bits=4)),
+    "product": lambda: QUANTIZERS.build(ProductConfig(groups=2, inner=VQ4.replace(dim=2))),
+    "residual with dropout": lambda: QUANTIZERS.build(ResidualConfig(stages=3, inner=VQ4, dropout=0.5)),
+    "residual with depths": lambda: QUANTIZERS.build(ResidualConfig(stages=2, inner=VQ4, dropout=0.5, depth_weights=(1, 2), shared=True)),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from stage1_tokenizer.nets.conv import ConvConfig
 from stage1_tokenizer.objectives.base import OBJECTIVES
 from stage1_tokenizer.objectives.reconstruction import ReconstructionConfig
 from stage1_tokenizer.quantizers.base import QUANTIZERS
+from stage1_tokenizer.quantizers.residual import ResidualConfig
 from stage1_tokenizer.quantizers.vq import VQConfig
 from stage1_tokenizer.tokenizers.base import Tokenizer, TokenizerOutput
 from stage1_tokenizer.tokenizers.vqvae import VQVAE, VQVAEConfig
@@ -146,6 +148,22 @@ def test_reestimating_moves_each_used_code_to_the_mean_of_its_latents() -> None:
     tokenizer.reestimate([(x[:10], StepRng(0, 0, torch.arange(10))), (x[10:], StepRng(0, 0, torch.arange(10, 24)))], comm)
     for k in codes.unique().tolist():
         torch.testing.assert_close(tokenizer.quantizer.codebook[k], z[codes == k].mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_stages_are_reestimated_one_after_the_other_each_on_what_the_new_ones_before_it_leave() -> None:
+    torch.manual_seed(0)
+    tokenizer, x = VQVAE(CONFIG.replace(quantizer=ResidualConfig(stages=3, inner=CONFIG.quantizer)), SIGNALS[2]), signals(SIGNALS[2], 24)
+    tokenizer.initialize([signals(SIGNALS[2], 64)], StepRng(0, 0, torch.arange(64)), comm)
+    with torch.no_grad():
+        tokenizer.to_codes.weight += 0.05 * torch.randn_like(tokenizer.to_codes.weight)
+    before = copy.deepcopy(tokenizer.quantizer).eval()
+    tokenizer.reestimate([(x[:10], StepRng(0, 0, torch.arange(10))), (x[10:], StepRng(0, 0, torch.arange(10, 24)))], comm)
+    left, after = tokenizer.latents(x).detach().movedim(1, -1).reshape(-1, 4), tokenizer.quantizer.eval()
+    for i in range(3):
+        codes = before.part(i)(left[..., None]).codes[0][:, 0]
+        for k in codes.unique().tolist():
+            torch.testing.assert_close(after.part(i).codebook[k], left[codes == k].mean(0), rtol=1e-4, atol=1e-5)
+        left = left - after.part(i)(left[..., None]).z[..., 0].detach()
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,16 @@ def test_each_level_changes_the_reconstruction_and_a_prefix_knows_nothing_of_fin
     for level in range(3):
         other = [c + (i == level) for i, c in enumerate(codes)]
         assert not torch.equal(tokenizer.decode(other), before)
+    for count in (1, 2):
+        prefix = tokenizer.decode(codes[:count])
+        finer = [tokenizer.net.decoder, *tokenizer.quantizers[count:], *tokenizer.from_codes[count:], *tokenizer.up[count:]]
+        with torch.no_grad():
+            for module in [*finer, *tokenizer.to_codes[count:], *tokenizer.heads[count:]]:
+                for tensor in module.state_dict(keep_vars=True).values():
+                    if tensor.is_floating_point():
+                        tensor += 0.1
+        assert torch.equal(tokenizer.decode(codes[:count]), prefix) and not torch.equal(tokenizer.decode(codes), before)
+        tokenizer = built(3)
 
 
 def test_without_decoders_of_prefixes_only_all_levels_decode() -> None:
@@ -399,7 +409,9 @@ def test_the_fingerprint_follows_what_decides_the_codes_alone(conditioned: bool)
         ({"levels": [{}]}, "levels: 1; expected at least two"),
         ({"levels": [{}, {}, {}]}, "ladder: 1 grids; expected 2, one for each level but the finest"),
         ({"levels": [{"name": "a"}, {"name": "a"}]}, r"levels: names \('a', 'a'\)"),
-        ({"levels": [{"name": "a/0"}, {}]}, "different ones without a slash"),
+        ({"levels": [{"name": "a/0"}, {}]}, "different ones without a slash or a dot"),
+        ({"levels": [{"name": "a.b"}, {}]}, r"levels: names \('a.b', 'bottom'\); expected different ones without a slash or a dot"),
+        ({"levels": [{"name": "stop"}, {}]}, "levels: 'stop' names no level: start, stop, shape are keys"),
         ({"ladder": [{"factor": 3}]}, "ladder.0: factor: 3; expected a power of two"),
         ({"ladder": [{"widht": 3}]}, "ladder.0.widht: unknown key; did you mean 'width'"),
         ({"levels": [{}, {"quantizer": {"cods": 3}}]}, r"levels.1.quantizer.cods: unknown key; did you mean 'codes'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -63,10 +64,14 @@ class ImageSet:
 
 
 class OnDisk:
-    """Rows of bytes that grow in a temporary file, then one tensor over it: any number of images in little memory."""
+    """Rows of bytes that grow in a temporary file, then one tensor over it: any number of images in little memory.
 
-    def __init__(self) -> None:
-        self._file, self._shape = tempfile.TemporaryFile(), [0]  # noqa: SIM115 (``tensor`` closes it)
+    Args:
+        folder: where the file is; the system's temporary folder where None, which may lie in memory.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._file, self._shape = tempfile.TemporaryFile(dir=folder), [0]  # noqa: SIM115 (``tensor`` closes it)
 
     def __len__(self) -> int:
         return self._shape[0]
@@ -83,11 +88,22 @@ class OnDisk:
 
 
 def measure(
-    name: str, batches: Iterable[Labelled], model: FeatureModel, *, pixels: bool = False, images: int = 0, balanced: bool = False
+    name: str,
+    batches: Iterable[Labelled],
+    model: FeatureModel,
+    *,
+    pixels: bool = False,
+    images: int = 0,
+    folder: Path | None = None,
+    balanced: bool = False,
 ) -> ImageSet:
-    """Runs the feature model over ``batches``, and keeps pixel vectors and the first ``images`` images; all results on the CPU."""
+    """Runs the feature model over ``batches``, and keeps pixel vectors and the first ``images`` images; all results on the CPU.
+
+    Args:
+        folder: of the temporary file that holds the images; see ``OnDisk``.
+    """
     features, predicted, labels, vectors = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
-    kept = OnDisk()
+    kept = OnDisk(folder)
     for x, label in batches:
         f, p = model(x)
         features.append(f.cpu())

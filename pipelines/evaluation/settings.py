@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -58,8 +60,26 @@ def check_script(flags: Flags) -> None:
     """Raises ConfigError or UserError for flags that a measuring script has no use for, and for several processes."""
     if flags.max_steps is not None or flags.resume is not None:
         raise ConfigError(["--max_steps, --resume: an evaluation has no steps"])
+    check_alone("figures are measured by one")
+
+
+def check_alone(why: str) -> None:
+    """Raises UserError for several processes, saying ``why``."""
     if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise UserError(f"WORLD_SIZE: {world} processes; figures are measured by one")
+        raise UserError(f"WORLD_SIZE: {world} processes; {why}")
+
+
+def made_folder(out: str) -> Path:
+    """The output folder, made and written to before the work. Raises UserError naming ``out`` where that cannot be."""
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"out: {out} is a file, or lies below one; expected a folder") from None
+    except OSError as error:
+        raise UserError(f"out: {out} cannot be written to: {error.strerror}") from None
 
 
 def load_pipeline(name: str, device: torch.device) -> TwoStagePipeline:
@@ -134,18 +154,20 @@ def measure_samples(
     name: str = "samples",
     options: Mapping[str, Any] | None = None,
     kept: bool = False,
+    folder: Path | None = None,
 ) -> tuple[ImageSet, float]:
     """``config.n`` samples in the features of ``model``, and the seconds that drawing and decoding them took.
 
     Args:
         options: sampling options; those of ``config`` where None.
         kept: keep pixel vectors and images, too.
+        folder: of the temporary file that holds the images; see ``OnDisk``.
     """
     asked = chosen.labels(pipeline, config.n, config.seed)
     drawn = config.sampling.given() if options is None else dict(options)
     clock = Clock(pipeline.stream(config.n, label=asked, seed=config.seed, **drawn))
     images = config.n if kept else 0
-    found = measure(name, in_batches(clock, asked), model, pixels=kept, images=images, balanced=chosen.balanced)
+    found = measure(name, in_batches(clock, asked), model, pixels=kept, images=images, folder=folder, balanced=chosen.balanced)
     return found, clock.seconds
 
 

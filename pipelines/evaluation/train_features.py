@@ -12,7 +12,6 @@ the first digits of the weights' sha256. The same command gives the same weights
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -24,6 +23,7 @@ from intarsia.cli import UserError, parse, run_main
 from intarsia.config import Budget, Config, ConfigError, Place, Seed
 from intarsia.order import Order
 from pipelines.evaluation.features import CLASSIFIERS, Classifier, ClassifierConfig, ClassifierSpec, ConvClassifierConfig
+from pipelines.evaluation.settings import check_alone, made_folder
 from pipelines.sample import device_of
 from stage1_tokenizer.data.base import SOURCES, Source, SourceConfig, Split
 from stage1_tokenizer.data.bundled import BundledConfig
@@ -92,13 +92,15 @@ def main() -> None:
     config, flags = parse(TrainFeaturesConfig, aliases={"name": "classifier.name"}, program="python -m pipelines.evaluation.train_features")
     if flags.max_steps is not None or flags.resume is not None:
         raise ConfigError(["--max_steps, --resume: the training of a feature model has neither; see steps"])
+    check_alone("a feature model is trained by one")
     source = SOURCES.build(config.data)
     if flags.check or flags.dry_run:
         print(f"data: {source.signal}, {len(source.classes)} classes, splits {', '.join(source.splits)}")
         return
+    out = made_folder(config.out)
     model = train(config, source)
     figures = {f"accuracy on {name}": accuracy(model, source.split(name)) for name in ("train", "validation") if name in source.splits}
-    model.save_pretrained(Path(config.out), metrics=figures)
+    model.save_pretrained(out, metrics=figures)
     for name, value in figures.items():
         print(f"{name}: {value:.4f}")
     print(f"{config.out}: {config.classifier.name}, {sum(p.numel() for p in model.parameters())} parameters, sha256 {model.weights_sha256}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from intarsia.specs import SignalSpec
 from stage1_tokenizer.data.base import DataError, Split, caption_bytes, check_captions
+from stage1_tokenizer.data.errors import BadFileError
 from stage1_tokenizer.data.image import ImageError, decode, read_header
 from stage1_tokenizer.data.pool import Pool
 from stage1_tokenizer.data.transform import TransformConfig, take, to_signal, windows
@@ -57,8 +59,8 @@ class FileItems(Items):
         return len(self.names)
 
     def open(self, i: int) -> str:
-        if not self.names[i].isprintable():  # bytes that are no UTF-8 come as lone surrogates, which are not printable
-            raise ImageError("the name of the file is not UTF-8, or not printable; rename it")
+        if any(unicodedata.category(c) in ("Cs", "Cc") for c in self.names[i]):  # bytes that are no UTF-8 come as lone surrogates
+            raise ImageError("the name of the file is not UTF-8, or holds a control character; rename it")
         return os.path.join(self.root, self.names[i])
 
     def name(self, i: int) -> str:
@@ -118,7 +120,8 @@ class DecodedSplit(Split):
                 raise DataError(f"{self.items.name(i)}: it changed since it was first read")
             return decode(data, (height, width), self.channels)
         except ImageError as error:
-            raise DataError(f"{self.items.name(i)}: {error}") from error
+            replaceable = isinstance(self.items, FileItems) and i not in self._sampled()
+            raise BadFileError(f"{self.items.name(i)}: {error}", replaceable) from error
 
     def hold(self) -> None:
         """Decodes every image, once; batches then come from memory."""
@@ -181,6 +184,11 @@ class DecodedSplit(Split):
             sha.update(self.labels.numpy().tobytes())
         if (captions := caption_bytes(self.captions)) is not None:
             sha.update(captions.data)
-        for i in np.unique(np.linspace(0, len(self) - 1, DIGEST_SAMPLES).round().astype(int)).tolist():
+        for i in self._sampled():
             sha.update(self.items.content(i))
         return sha.hexdigest()
+
+    def _sampled(self) -> list[int]:
+        """The positions of the images whose content digest and sketch hold."""
+        positions: list[int] = np.unique(np.linspace(0, len(self) - 1, DIGEST_SAMPLES).round().astype(int)).tolist()
+        return positions

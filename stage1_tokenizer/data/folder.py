@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +34,11 @@ class FolderConfig(DecodedConfig):
 
 @SOURCES.register("folder", FolderConfig)
 class FolderSource(DecodedSource):
-    """The images below a folder, in the order of their names."""
+    """The images below a folder, in the order of their names.
+
+    Attributes:
+        outside: suffix -> the number of files that are not taken: no images by their names, or images beside class folders.
+    """
 
     config: FolderConfig
 
@@ -44,7 +49,10 @@ class FolderSource(DecodedSource):
         if not os.path.isdir(config.root):
             raise DataError(f"data.root: {config.root!r} is no folder")
         roots = split_folders(config.root, config.splits)
-        found = {name: list_images(root, config.layout) for name, root in roots.items()}
+        outside: list[str] = []
+        found = {name: list_images(root, config.layout, outside) for name, root in roots.items()}
+        if config.root not in roots.values():
+            outside += [os.path.join(config.root, e.name) for e in _entries(config.root) if not _is_folder(e)]
         kinds = {name: classes is not None for name, (_, classes) in found.items()}
         if len(set(kinds.values())) > 1:
             flat = next(name for name, labelled in kinds.items() if not labelled)
@@ -53,7 +61,7 @@ class FolderSource(DecodedSource):
         if len(classes) == 1 and config.layout == "auto":
             where = f"data.root: {roots['train']!r} holds one class folder only, {classes[0]!r}"
             raise DataError(f"{where}; set layout to flat for unlabelled images, or to classes")
-        parts = {}
+        parts, read = {}, set[str]()
         for name, (names, own) in found.items():
             labels = None
             if own is not None:
@@ -63,8 +71,15 @@ class FolderSource(DecodedSource):
                 place = {c: i for i, c in enumerate(classes)}
                 labels = torch.tensor([place[n.split("/", 1)[0]] for n in names])
             captions = [read_caption(roots[name], image) for image in names] if config.captions else None
+            if config.captions:
+                read |= {str(Path(roots[name], image).with_suffix(".txt")) for image in names}
             parts[name] = Part(FileItems(roots[name], names), labels, captions)
+        self.outside = Counter(os.path.splitext(path)[1].lower() or "no suffix" for path in outside if str(Path(path)) not in read)
         self._look(parts, classes)
+
+    def summary(self) -> list[str]:
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(self.outside.items()))
+        return super().summary() + ([f"no images by their names or places, left out: {counts}"] if counts else [])
 
     def _identity(self) -> dict[str, Any]:
         return {"type": "folder"}
@@ -106,18 +121,21 @@ def split_folders(root: str, splits: str) -> dict[str, str]:
     return found
 
 
-def list_images(root: str, layout: str) -> tuple[list[str], list[str] | None]:
+def list_images(root: str, layout: str, outside: list[str]) -> tuple[list[str], list[str] | None]:
     """Relative names of the images, with "/" between folders, and the class folders (None for a flat layout).
+
+    The paths of all other files go to ``outside``; hidden ones do not count.
 
     Raises DataError for an empty folder, a class without images, images beside class folders, and loops of symlinks.
     """
     entries = _entries(root)
     folders = [e.name for e in entries if _is_folder(e)]
-    loose = [e.name for e in entries if not _is_folder(e) and e.name.lower().endswith(SUFFIXES)]
+    files = [e.name for e in entries if not _is_folder(e)]
+    loose = [name for name in files if name.lower().endswith(SUFFIXES)]
     if layout == "auto" and folders and loose:
         raise DataError(f"data.root: {root!r} holds images ({loose[0]!r}) beside folders ({folders[0]!r}); set layout to flat or classes")
     if layout == "flat" or (layout == "auto" and not folders):
-        names = list(_walk(root, "", ()))
+        names = list(_walk(root, "", (), outside))
         if not names:
             raise DataError(f"data.root: {root!r} holds no images ({', '.join(SUFFIXES)})")
         return names, None
@@ -125,10 +143,11 @@ def list_images(root: str, layout: str) -> tuple[list[str], list[str] | None]:
         raise DataError(f"data.root: {root!r} holds no class folders; set layout to flat for unlabelled images")
     names = []
     for folder in folders:
-        mine = list(_walk(root, folder, ()))
+        mine = list(_walk(root, folder, (), outside))
         if not mine:
             raise DataError(f"data.root: the class folder {os.path.join(root, folder)!r} holds no images")
         names += mine
+    outside += [os.path.join(root, name) for name in files]
     return names, folders
 
 
@@ -146,7 +165,7 @@ def read_caption(root: str, image: str) -> str:
     return text
 
 
-def _walk(root: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+def _walk(root: str, below: str, above: tuple[tuple[int, int], ...], outside: list[str]) -> Iterator[str]:
     folder = Path(root, below)
     facts = folder.stat()
     here = (facts.st_dev, facts.st_ino)
@@ -155,6 +174,8 @@ def _walk(root: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterator
     for entry in _entries(str(folder)):
         name = f"{below}/{entry.name}" if below else entry.name
         if _is_folder(entry):
-            yield from _walk(root, name, (*above, here))
+            yield from _walk(root, name, (*above, here), outside)
         elif entry.name.lower().endswith(SUFFIXES):
             yield name
+        else:
+            outside.append(os.path.join(root, name))

@@ -117,6 +117,7 @@ class HubSource(DecodedSource):
             for i, value in enumerate(values[name]):
                 if not isinstance(value, int | str) or isinstance(value, bool):
                     raise DataError(f"data.label: split {name!r}, row {i}: {value!r}; expected a whole number or a name")
+        self._check_labelled(sets, values)
         feature = next(iter(sets.values())).features[column]
         if isinstance(feature, ClassLabel):
             classes = tuple(feature.names)
@@ -136,6 +137,23 @@ class HubSource(DecodedSource):
                     raise DataError(f"data.label: split {name!r}, row {i}: the label {label!r} is none of the train split's")
                 values[name] = [place[n] for n in names]
         return {name: torch.tensor(v, dtype=torch.int64) for name, v in values.items()}, classes
+
+    def _check_labelled(self, sets: dict[str, Dataset], values: dict[str, list[Any]]) -> None:
+        """Raises DataError, with a way out, for a split whose labels are all -1: so the Hub marks test splits that keep theirs back."""
+        bare = [name for name, labels in values.items() if set(labels) == {-1}]
+        if not bare:
+            return
+        what = f"data.label: split {bare[0]!r} is unlabelled: all its labels are -1"
+        if "train" in bare:
+            raise DataError(f"{what}; data.label: '' takes no labels")
+        found = self.config.splits or {name: self._theirs(name, part) for name, part in sets.items()}
+        kept = {name: theirs for name, theirs in found.items() if name not in bare}
+        shown = ", ".join(f"{name}: {theirs!r}" for name, theirs in kept.items())
+        raise DataError(f'{what}; --data.splits "{{{shown}}}" leaves it out, data.label: \'\' takes no labels')
+
+    def _theirs(self, name: str, part: Dataset) -> str:
+        """The data set's own name of a split that was found by its usual ones; on a disk it is that of a folder."""
+        return str(part.split) if part.split else next((n for n in USUAL[name] if Path(self.config.path, n).is_dir()), name)
 
     def _captions(self, part: Dataset, split: str) -> list[str] | None:
         column = self.config.caption

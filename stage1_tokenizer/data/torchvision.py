@@ -20,6 +20,7 @@ from stage1_tokenizer.data.hub import check_split_names
 from stage1_tokenizer.data.image import ImageError
 from stage1_tokenizer.data.preflight import DecodedConfig, DecodedSource, Part
 
+DOWNLOAD = 24 * 3600.0
 _VALIDATION = ("val", "valid", "validation")
 
 
@@ -97,14 +98,15 @@ def find_class(name: str) -> type[Any]:
 def open_sets(config: TorchvisionConfig) -> dict[str, Any]:
     """Split -> data set, under our names. Raises ConfigError and DataError.
 
-    What is to be downloaded is fetched by rank 0, before the others look.
+    What is to be downloaded is fetched by rank 0, before the others look: they wait for up to DOWNLOAD seconds.
     """
     if not config.download or comm.world_size == 1:
         return _open_sets(config)
+    wait = comm.long_barrier(DOWNLOAD)
     try:
         found = _open_sets(config) if comm.rank == 0 else {}
     finally:
-        comm.barrier()
+        wait()
     return found or _open_sets(config)
 
 

@@ -34,6 +34,7 @@ class Quantized:
             ``active`` adds 0. So it is linear in the batch: micro-batches weighted by their sizes equal the whole.
         stats: scalars to log, detached.
         depth: (B,) int64, the active stages of each sample under quantiser dropout; None where all are.
+        likely: the codes that these latents get in eval mode, where training draws others; None where they are ``codes``.
     """
 
     z: Tensor
@@ -41,6 +42,7 @@ class Quantized:
     loss: Tensor
     stats: Mapping[str, Tensor] = field(default_factory=dict)
     depth: Tensor | None = None
+    likely: tuple[Tensor, ...] | None = None
 
 
 class Quantizer(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,19 @@ from torch import Tensor, nn
 from intarsia.distributed import Comm
 from intarsia.rng import StepRng
 from intarsia.specs import LevelSpec
-from stage1_tokenizer.quantizers.base import QUANTIZERS, Quantizer, QuantizerConfig
+from stage1_tokenizer.quantizers.base import QUANTIZERS, Quantized, Quantizer, QuantizerConfig
 
 
 def named(stats: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Scalars of part i as "name/i"; what was "name/j" inside of it as "name/i/j"."""
     return {"/".join([name.split("/")[0], str(i), *name.split("/")[1:]]): v for i, part in enumerate(stats) for name, v in part.items()}
+
+
+def joined_likely(outs: Sequence[Quantized]) -> tuple[Tensor, ...] | None:
+    """``Quantized.likely`` of all parts, each given what those before it drew; None where training draws nothing."""
+    if all(out.likely is None for out in outs):
+        return None
+    return tuple(codes for out in outs for codes in (out.codes if out.likely is None else out.likely))
 
 
 class Composite(Quantizer):

@@ -145,17 +145,18 @@ class Gumbel(CodebookQuantizer):
                 assert rng is not None
                 tau = self.temperature(rng.step)
                 noisy = (logits + gumbel_noise(rng, rows.shape[1], self.codes, rows)) / tau
-                codes = noisy.detach().argmax(-1)
+                codes, likely = noisy.detach().argmax(-1), logits.detach().argmax(-1)
                 z_q = self._mix(torch.softmax(noisy, -1), codes, vectors)
                 stats["temperature"] = torch.full((), tau, dtype=rows.dtype, device=z.device)
             else:
-                codes = logits.argmax(-1)
+                codes = likely = logits.argmax(-1)
                 z_q = vectors[codes]
             if self.training:
                 self._count(rows.reshape(-1, self.dim), codes.flatten(), batch, finite, active, rng)
             stats["quantization_error"] = active_mean((rows - z_q).detach().square(), active)
         z_q = z_q.view(batch, *grid, self.dim).movedim(-1, 1)
-        return Quantized(z_q, (codes.view(batch, *grid),), self.config.kl * kl, stats)
+        maps = tuple(c.view(batch, *grid) for c in (codes, likely))
+        return Quantized(z_q, maps[:1], self.config.kl * kl, stats, likely=maps[1:])
 
     def _mix(self, y: Tensor, codes: Tensor, vectors: Tensor) -> Tensor:
         """sum_j y_j e_j; where hard e_k, with the gradient of a one-hot y that passes straight through to the soft one."""

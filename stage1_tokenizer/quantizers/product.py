@@ -10,7 +10,7 @@ from torch import Tensor
 
 from intarsia.rng import StepRng
 from stage1_tokenizer.quantizers.base import QUANTIZERS, Quantized, QuantizerConfig, check_latents
-from stage1_tokenizer.quantizers.composite import Composite, named
+from stage1_tokenizer.quantizers.composite import Composite, joined_likely, named
 from stage1_tokenizer.quantizers.vq import VQConfig
 
 
@@ -52,6 +52,7 @@ class Product(Composite):
             tuple(codes for out in outs for codes in out.codes),
             torch.stack([out.loss for out in outs]).mean(),
             named([out.stats for out in outs]),
+            likely=joined_likely(outs),
         )
 
     def decode(self, codes: tuple[Tensor, ...], depth: Tensor | None = None) -> Tensor:

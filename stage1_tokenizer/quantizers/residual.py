@@ -24,7 +24,7 @@ from stage1_tokenizer.quantizers.base import (
     check_latents,
     straight_through,
 )
-from stage1_tokenizer.quantizers.composite import Composite, named
+from stage1_tokenizer.quantizers.composite import Composite, joined_likely, named
 from stage1_tokenizer.quantizers.vq import VQConfig
 
 _LEAST_SCALE = 1e-7  # what a stage may be to the first: below it float32 rounds more than the stage says
@@ -149,20 +149,21 @@ class Residual(Composite):
         with torch.autocast(z.device.type, enabled=False):
             z = at_least_float32(z)
             left, total, loss = z, torch.zeros_like(z), z.new_zeros(())
-            codes: list[Tensor] = []
+            outs: list[Quantized] = []
             stats: list[dict[str, Tensor]] = []
             for i, scale in enumerate(self.scales):
                 counts = active if depth is None else depth > i if active is None else active & (depth > i)
                 out = self.part(i)(left / scale, None if rng is None else rng.sub(i), active=counts)
                 q = out.z * scale
-                codes += out.codes
+                outs.append(out)
                 loss = loss + out.loss
                 total = total + (q if depth is None else _masked(q, depth > i))
                 left = left - (q.detach() if self.straight_through else q)
                 stats.append({**out.stats, "quantization_error": left.detach().square().mean()})
             z_q = straight_through(z, total.detach()) if self.straight_through else total
             error = active_mean((z - z_q).detach().square(), active)
-        return Quantized(z_q, tuple(codes), loss, {"quantization_error": error, **named(stats)}, depth)
+        codes = tuple(codes for out in outs for codes in out.codes)
+        return Quantized(z_q, codes, loss, {"quantization_error": error, **named(stats)}, depth, joined_likely(outs))
 
     def decode(self, codes: tuple[Tensor, ...], depth: Tensor | None = None) -> Tensor:
         """``codes``: all maps or those of the leading stages; ``depth`` (B,): how many stages count for each sample."""

@@ -39,6 +39,7 @@ class TokenizerOutput:
         loss: () the quantisers' terms, mean over samples.
         stats: scalars to log, detached.
         prefixes: (count of leading levels, reconstruction from them alone), where trained.
+        likely: the codes that ``encode`` gives, where training draws others (see ``Quantized``); None where they are ``codes``.
     """
 
     x: Tensor
@@ -46,6 +47,7 @@ class TokenizerOutput:
     loss: Tensor
     stats: Mapping[str, Tensor] = field(default_factory=dict)
     prefixes: tuple[tuple[int, Tensor], ...] = ()
+    likely: tuple[Tensor, ...] | None = None
 
 
 class Tokenizer(Pretrained, nn.Module):

@@ -81,7 +81,7 @@ class VQVAE(Tokenizer):
         if cond is not None:
             raise ValueError("cond: VQVAE has no use for a condition")
         q = self.quantizer(self.latents(x), rng)
-        return TokenizerOutput(self._reconstruct(q.z), q.codes, q.loss, q.stats)
+        return TokenizerOutput(self._reconstruct(q.z), q.codes, q.loss, q.stats, likely=q.likely)
 
     @torch.no_grad()
     def initialize(self, batches: Iterable[Tensor], rng: StepRng, comm: Comm) -> None:

@@ -19,15 +19,18 @@ from stage1_tokenizer.nets.blocks import CONV, Norm, Upsampling
 from stage1_tokenizer.nets.conv import ConvConfig
 from stage1_tokenizer.nets.ladder import Down, GridConfig, Head, Up
 from stage1_tokenizer.quantizers.base import QUANTIZERS, Quantized, Quantizer, QuantizerConfig, at_least_float32
+from stage1_tokenizer.quantizers.composite import joined_likely
 from stage1_tokenizer.quantizers.vq import VQConfig
 from stage1_tokenizer.tokenizers.base import TOKENIZERS, Tokenizer, TokenizerConfig, TokenizerOutput
+
+RESERVED = ("start", "stop", "shape")  # an option for each level and a guidance schedule are told apart by their keys
 
 
 class LevelConfig(Config):
     """One level of codes."""
 
     name: str = ""
-    """Of the level; empty = by its place: top, middle, bottom (with more levels middle_1, middle_2, ...)."""
+    """Of the level, without a slash or a dot; empty = by its place: top, middle, bottom (with more levels middle_1, middle_2, ...)."""
     quantizer: QuantizerConfig = VQConfig()
     """Latents to codes."""
 
@@ -59,8 +62,10 @@ class VQVAE2Config(TokenizerConfig):
         if len(self.ladder) != len(self.levels) - 1:
             raise ValueError(f"ladder: {len(self.ladder)} grids; expected {len(self.levels) - 1}, one for each level but the finest")
         names = self.names()
-        if len(set(names)) != len(names) or any("/" in name for name in names):
-            raise ValueError(f"levels: names {names}; expected different ones without a slash")
+        if len(set(names)) != len(names) or any(c in name for name in names for c in "/."):
+            raise ValueError(f"levels: names {names}; expected different ones without a slash or a dot")
+        if taken := [name for name in names if name in RESERVED]:
+            raise ValueError(f"levels: {taken[0]!r} names no level: {', '.join(RESERVED)} are keys of a sampling option in its place")
 
     def names(self) -> tuple[str, ...]:
         """The levels' names, coarse to fine."""
@@ -219,7 +224,8 @@ class VQVAE2(Tokenizer):
             joined = self._dropped([q.z for q in found], above[0], rng)
         stats = {_of_level(key, name): value for name, q in zip(self.names, found, strict=True) for key, value in q.stats.items()}
         codes = tuple(code for q in found for code in q.codes)
-        return TokenizerOutput(self.net.decode(joined), codes, torch.stack([q.loss for q in found]).sum(), stats, prefixes)
+        loss = torch.stack([q.loss for q in found]).sum()
+        return TokenizerOutput(self.net.decode(joined), codes, loss, stats, prefixes, joined_likely(found))
 
     @torch.no_grad()
     def initialize(self, batches: Iterable[Tensor], rng: StepRng, comm: Comm) -> None:

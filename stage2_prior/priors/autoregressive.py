@@ -159,7 +159,13 @@ class AutoregressivePrior(Prior):
     def _sample(
         self, ids: Tensor, upper: Sequence[Tensor], label: Tensor | None, seed: int, known: Known | None, options: Sequence[DrawOptions]
     ) -> list[Tensor]:
-        """Draw (level, position, digit) of sample i takes the number that (seed, i, level, position, digit) names."""
+        """Draw (level, position, digit) of sample i takes the number that (seed, i, level, position, digit) names.
+
+        What is known is gone through step by step too: at once it would be rounded otherwise, and how much of it all samples have
+        depends on the micro-batch, of which no bit of a sample may be a function.
+        """
+        if known is not None and all(bool(keep.all()) for keep in known[1]):
+            return [codes.clone() for codes in known[0]]
         n, guided = len(ids), any(each.guided for each in options)
         levels, positions, digits = torch.tensor(self.draws, device=ids.device).T
         keys = positions + digits * torch.tensor(self.layout.sizes, device=ids.device)[levels]  # digit 0 has the position's own

@@ -20,7 +20,7 @@ from intarsia.rng import StepRng
 from intarsia.specs import CodesSpec, Cond, LevelSpec
 from stage2_prior.arguments import check_codes, check_ids, check_known, check_label, whole
 from stage2_prior.corruption import corrupted
-from stage2_prior.sampling import DrawOptions, choose_options
+from stage2_prior.sampling import SCHEDULE_WORDS, DrawOptions, choose_options
 
 PRIORS: Registry[Prior] = Registry("prior", "stage2_prior.priors")
 NLL_FLOATS = 1 << 28
@@ -72,6 +72,9 @@ class Prior(Pretrained, nn.Module):
         start, stop = map(int, (config.levels or f"0:{count}").split(":"))
         if not 0 <= start < stop <= count:
             raise ConfigError([f"prior.levels: {config.levels!r} is no range within the {count} levels of the codes, 0:{count}"])
+        if names := [level.name for level in spec.levels[start:stop] if level.name in SCHEDULE_WORDS]:
+            words = ", ".join(SCHEDULE_WORDS)
+            raise ConfigError([f"prior.levels: level {names[0]!r} has a word of a guidance schedule for a name; expected none of {words}"])
         self.config = config
         self.spec = spec
         self.levels = range(start, stop)

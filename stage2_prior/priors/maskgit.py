@@ -83,8 +83,9 @@ class MaskGITPrior(Prior):
         if self.config.positions == "learned":
             return None
         if self.device not in self._tables:
-            cos, sin = rotary_tables(self.layout.coordinates(), self.config.width // self.config.heads)
-            self._tables[self.device] = (cos.to(self.device), sin.to(self.device))
+            with torch.inference_mode(False):  # training may come later, and saves them for its gradients
+                cos, sin = rotary_tables(self.layout.coordinates(), self.config.width // self.config.heads)
+                self._tables[self.device] = (cos.to(self.device), sin.to(self.device))
         cos, sin = self._tables[self.device]
         dtype = torch.promote_types(self.dtype, torch.float32)
         return cos[:places].to(dtype), sin[:places].to(dtype)
@@ -95,8 +96,8 @@ class MaskGITPrior(Prior):
         return context.aligned if context.whole is None else context.aligned + context.whole[:, None]
 
     # Likelihood and training -----------------------------------------------------------------------------------
-    def _logits(self, level: int, seen: Sequence[Tensor], told: Tensor, keep: Tensor | None) -> Tensor:
-        """(B, positions, vocab) of own level ``level``.
+    def _features(self, level: int, seen: Sequence[Tensor], told: Tensor, keep: Tensor | None) -> Tensor:
+        """(B, positions, D), what the head of own level ``level`` is given.
 
         Args:
             seen: (B, positions) for each own level up to this one, whose masked codes are ``vocab``.
@@ -105,7 +106,7 @@ class MaskGITPrior(Prior):
         """
         x = torch.cat([table(tokens) for table, tokens in zip(self.tables, seen, strict=False)], 1)
         x = self.trunk(x + told[:, : x.shape[1]], self._rotary(x.shape[1]), keep)
-        return packed(self.output[level])(x[:, -self.layout.sizes[level] :])
+        return x[:, -self.layout.sizes[level] :]
 
     def logits(self, codes: Sequence[Tensor], masked: Tensor, cond: Cond | None = None) -> Tensor:
         """(B, positions, vocab) of one level, given what is not masked of it and all levels above.
@@ -121,7 +122,7 @@ class MaskGITPrior(Prior):
         if masked.dtype != torch.bool or masked.shape != codes[-1].shape:
             raise ValueError(f"masked: {masked.dtype} {tuple(masked.shape)}; expected torch.bool {tuple(codes[-1].shape)}")
         seen = [*own[:-1], torch.where(masked.to(self.device).flatten(1), self.own[len(own) - 1].vocab, own[-1])]
-        return self._logits(len(own) - 1, seen, self._context(upper, label), None)
+        return packed(self.output[len(own) - 1])(self._features(len(own) - 1, seen, self._context(upper, label), None))
 
     def loss(self, codes: Sequence[Tensor], cond: Cond | None = None, rng: StepRng | None = None) -> tuple[Tensor, Stats]:
         """The mean cross-entropy of the masked codes of each level, averaged over the levels by their positions; in nats.
@@ -149,12 +150,21 @@ class MaskGITPrior(Prior):
     def _nats(
         self, level: int, own: Sequence[Tensor], seen: Sequence[Tensor], masked: Tensor, told: Tensor, keep: Tensor | None
     ) -> Tensor:
-        """(B, positions) the cross-entropy of the masked codes of a level, 0 elsewhere; in float32 or wider."""
+        """(B, positions) the cross-entropy of the masked codes of a level, 0 elsewhere; in float32 or wider.
+
+        Elsewhere no logits are computed, where that is known without waiting for a device: on a CPU.
+        """
         tokens = [*seen[:level], torch.where(masked, self.own[level].vocab, seen[level])]
-        logits = self._logits(level, tokens, told, keep)
+        x, codes = self._features(level, tokens, told, keep).flatten(0, 1), own[level].flatten()
+        places = masked.flatten().nonzero()[:, 0] if masked.device.type == "cpu" else None
+        if places is not None:
+            x, codes = x.index_select(0, places), codes[places]
+        logits = packed(self.output[level])(x)
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        nats = F.cross_entropy(wide.flatten(0, 1), own[level].flatten(), reduction="none").view_as(masked)
-        return torch.where(masked, nats, 0)
+        nats = F.cross_entropy(wide, codes, reduction="none")
+        if places is None:
+            return torch.where(masked, nats.view_as(masked), 0)
+        return nats.new_zeros(masked.numel()).index_put((places,), nats).view_as(masked)
 
     def nll(self, codes: Sequence[Tensor], cond: Cond | None = None, rng: StepRng | None = None) -> Tensor:
         """(B, positions) an unbiased estimate of an upper bound, level after level in raster order.

@@ -48,7 +48,7 @@ class Predictor:
         length = size + sum(x.shape[1] for x in above)
         rotary, steps = self.prior._rotary(length), how.steps_for(size)
         first = self._first(how.guided) if shared else None
-        strengths = None if keep is None else how.strengths(steps, own_steps(steps, keep))
+        own = None if keep is None else own_steps(steps, keep)
 
         def score(tokens: Tensor, where: Tensor, step: int) -> Tensor:
             guidance = how.guidance_at(step / max(1, steps - 1))
@@ -60,7 +60,8 @@ class Predictor:
             logits = head(self.trunk(torch.cat([x + each[:, :length] for each in told]), rotary, asked))
             if len(told) == 1:
                 return logits
-            each = guidance if strengths is None else strengths[step][:, None, None].to(logits.dtype)
+            each = guidance if own is None else how.strength(step, own)
+            each = each[:, None, None].to(logits.dtype) if isinstance(each, Tensor) else each
             return guide(logits[:n], logits[n:], each)
 
         return score

@@ -98,8 +98,9 @@ class SequencePrior(AutoregressivePrior):
         if self.config.positions == "learned":
             return None
         if self.device not in self._tables:
-            cos, sin = rotary_tables(self.places.coordinates(), self.config.width // self.config.heads)
-            self._tables[self.device] = (cos.to(self.device), sin.to(self.device))
+            with torch.inference_mode(False):  # training may come later, and saves them for its gradients
+                cos, sin = rotary_tables(self.places.coordinates(), self.config.width // self.config.heads)
+                self._tables[self.device] = (cos.to(self.device), sin.to(self.device))
         dtype = torch.promote_types(self.dtype, torch.float32)
         cos, sin = self._tables[self.device]
         return cos[places].to(dtype), sin[places].to(dtype)

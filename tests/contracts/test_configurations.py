@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from intarsia import yaml_io
 from intarsia.cli import help_text, parse
 from intarsia.config import Config, ConfigError, config_class, walk
 
+ROOT = Path(__file__).resolve().parents[2]
 REGISTRIES = {
     "SOURCES": "stage1_tokenizer.data.base",
     "NETS": "stage1_tokenizer.nets.base",
@@ -23,12 +26,16 @@ SCRIPTS = {
     "stage1_tokenizer.train": "TokenizerTrainConfig",
     "stage1_tokenizer.encode": "EncodeConfig",
     "stage1_tokenizer.evaluate": "EvaluateConfig",
+    "stage1_tokenizer.doctor": "DoctorConfig",
     "stage2_prior.train": "PriorTrainConfig",
     "stage2_prior.evaluate": "EvaluateConfig",
     "pipelines.assemble": "AssembleConfig",
     "pipelines.compare": "CompareConfig",
+    "pipelines.compare_quantizers": "CompareConfig",
     "pipelines.evaluate": "EvaluateConfig",
+    "pipelines.evaluation.train_features": "TrainFeaturesConfig",
     "pipelines.guidance": "GuidanceConfig",
+    "pipelines.judge_completions": "JudgeConfig",
     "pipelines.quickstart": "QuickstartConfig",
     "pipelines.report": "ReportConfig",
     "pipelines.sample": "SampleConfig",
@@ -54,9 +61,32 @@ ALL = TYPES + script_configs()
 IDS = [f"{cls.__module__}.{cls.__name__}" for cls in ALL]
 
 
+def scripts() -> dict[str, str]:
+    """Module -> configuration of every script in the packages: what calls ``run_main``, and what it parses."""
+    found = {}
+    for package in ("intarsia", "stage1_tokenizer", "stage2_prior", "pipelines"):
+        for path in (ROOT / package).rglob("*.py"):
+            calls = [
+                (node.func.id, node.args)
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+            ]
+            parsed = [args[0].id for name, args in calls if name == "parse" and isinstance(args[0], ast.Name)]
+            if parsed and any(name == "run_main" for name, _ in calls):
+                found[".".join(path.relative_to(ROOT).with_suffix("").parts)] = parsed[0]
+    return found
+
+
+def test_no_script_is_forgotten():
+    assert scripts() == SCRIPTS
+
+
+GIVEN = {"quantizers": ({"name": "one", "quantizer": {"type": "vq"}},)}
+
+
 def required(cls: type[Config]) -> dict[str, Any]:
-    """A value for each field that has no default: all of them are paths."""
-    return {name: "some/path" for name, field in cls.model_fields.items() if field.is_required()}
+    """A value for each field that has no default: a path, but for ``GIVEN``."""
+    return {name: GIVEN.get(name, "some/path") for name, field in cls.model_fields.items() if field.is_required()}
 
 
 @pytest.mark.parametrize("cls", ALL, ids=IDS)

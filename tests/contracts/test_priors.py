@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from intarsia.config import ConfigError
 from intarsia.meta import build_on_meta
 from intarsia.rng import StepRng
 from intarsia.specs import Cond
+from stage2_prior import decoding
+from stage2_prior.priors import autoregressive as autoregressive_priors
 from stage2_prior.priors.autoregressive import AutoregressivePrior
 from stage2_prior.priors.base import PRIORS, Prior
-from stage2_prior.sampling import Guidance
+from stage2_prior.sampling import Guidance, draw
 from tests.tiny_priors import CASES, TINY, Case, Leaves
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -155,8 +158,9 @@ def test_bf16_autocast_trains_as_float32_does(case: Case) -> None:
 
 
 @every_case
-def test_training_goes_on_after_sampling_in_inference_mode(case: Case) -> None:
-    prior = case.build()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_training_goes_on_after_sampling_in_inference_mode(case: Case, dtype: torch.dtype) -> None:
+    prior = case.build().to(dtype)
     codes, ids = case.codes(2), torch.arange(2)
     with torch.inference_mode():
         prior.sample(ids, upper=codes[: prior.levels.start], cond=case.cond(2), micro_batch=2)
@@ -224,6 +228,42 @@ def test_a_sample_does_not_depend_on_the_batch_that_it_is_in(case: Case) -> None
         assert all(torch.equal(a, b[order]) for a, b in zip(found, expected, strict=True)), f"batches of {batch}"
 
 
+def in_larger_grids() -> list[Case]:
+    """Of each kind of code that draws, a case whose rows torch's fused attention would round by their places."""
+    rotary = {"positions": "rotary"}
+    return [
+        Case("gpt", ((64, (7, 7)),), classes=2, config=rotary),
+        Case("gpt", ((64, (7, 7)),), classes=2, config=rotary | {"trunk": "llama"}),
+        Case("rq", ((16, (4, 4)), (16, (4, 4))), classes=2),
+        Case("pixelcnn", ((64, (7, 7)),), classes=2, config={"width": 16, "attention": 2, "heads": 2}),
+        Case("maskgit", ((64, (7, 7)),), classes=2),
+    ]
+
+
+@pytest.mark.parametrize("case", in_larger_grids(), ids=str)
+def test_equal_samples_have_equal_logits_with_several_threads(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate F4 to the last bit: what a row becomes does not depend on its place in the micro-batch."""
+    options = {"order": "raster", "steps": 49, "schedule": "linear"} if case.type == "maskgit" else {}
+    seen, module = 0, decoding if case.type == "maskgit" else autoregressive_priors
+
+    def watched(logits: torch.Tensor, numbers: torch.Tensor, how: Any) -> torch.Tensor:
+        nonlocal seen
+        seen += 1
+        rows = logits.view(32, -1)
+        assert torch.equal(rows, rows[:1].expand_as(rows)), f"draw {seen}"
+        return draw(logits, numbers, how)
+
+    monkeypatch.setattr(module, "draw", watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        cond = Cond(label=torch.ones(32, dtype=torch.int64))
+        (out, *_) = case.build().sample(torch.full((32,), 7), cond=cond, micro_batch=32, **options)
+    finally:
+        torch.set_num_threads(before)
+    assert seen >= 32 and len(out.flatten(1).unique(dim=0)) == 1
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if c.classes and issubclass(PRIORS.get(c.type), AutoregressivePrior)], ids=str)
 def test_a_guidance_schedule_ends_at_the_last_position_of_each_level(case: Case) -> None:
     prior = case.build()
@@ -273,6 +313,11 @@ def test_what_is_known_is_kept_and_the_rest_is_drawn_given_it(case: Case) -> Non
     assert all(torch.equal(o[0], f[0]) for o, f in zip(out, free, strict=True))  # nothing kept
     again = prior.sample(torch.arange(n), upper=upper, cond=cond, seed=1, known=(free, keep))
     assert all(torch.equal(a, f) for a, f in zip(again, free, strict=True))  # what it would have drawn anyway
+    whole = [torch.ones_like(k) for k in keep]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prior, "_begin", lambda *_: pytest.fail("a micro-batch of which all is kept was begun"))
+        out = prior.sample(torch.arange(n), upper=upper, cond=cond, known=(own, whole))
+    assert all(torch.equal(o, c) and o.data_ptr() != c.data_ptr() for o, c in zip(out, own, strict=True))
     hole = torch.ones(n, length, dtype=torch.bool)
     hole[4, 1] = False
     keep = [k.reshape(n, *level.shape) for k, level in zip(prior.layout.split(hole), prior.own, strict=True)]
@@ -339,6 +384,15 @@ def test_a_saved_prior_loads_with_the_same_bits(case: Case, tmp_path: Path) -> N
     assert all(p.is_meta for p in build_on_meta(type(prior), prior.config, prior.spec).parameters())
 
 
+@one_of_each
+@pytest.mark.parametrize("name", ["start", "stop", "shape"])
+def test_levels_named_as_a_part_of_a_schedule_are_refused(case: Case, name: str) -> None:
+    prior = case.build()
+    levels = (*prior.spec.levels[:-1], replace(prior.spec.levels[-1], name=name))
+    with pytest.raises(ConfigError, match=f"prior.levels: level '{name}' has a word of a guidance schedule"):
+        PRIORS.build(prior.config, replace(prior.spec, levels=levels))
+
+
 # Bad arguments ---------------------------------------------------------------------------------------------------
 @one_of_each
 @pytest.mark.parametrize(
@@ -352,6 +406,8 @@ def test_a_saved_prior_loads_with_the_same_bits(case: Case, tmp_path: Path) -> N
         ({"micro_batch": 0}, "micro_batch: 0; expected"),
         ({"temperature": -1.0}, "temperature: -1.0; expected"),
         ({"temperature": math.nan}, "temperature: nan; expected"),
+        ({"temperature": {}}, "temperature: {}; expected a value, or values by level of level"),
+        ({"guidance": {}}, "guidance: {}; expected a value, or values by level of level"),
         ({"top_k": 0}, "top_k: 0; expected"),
         ({"top_k": 10**6}, "top_k: 1000000; expected at most the vocabulary"),
         ({"top_p": 0.0}, "top_p: 0.0; expected"),

@@ -29,7 +29,7 @@ LEVEL = LevelSpec("codes", 300, (7, 7))
 PLAN = {"train": SplitPlan(40, views=2), "test": SplitPlan(20)}
 SHARD_ROWS, SHARDS = 20, 5
 CODES = (bits(0, "codes", torch.arange(80)[:, None], 0, torch.arange(49)[None]) % 300).view(-1, 7, 7)
-RENAMES = 1 + 2 * SHARDS + 1  # the plan, each shard and its facts, codes.json
+RENAMES = 2 + 2 * SHARDS + 1  # the plan, the list of what is left, each shard and its facts, codes.json
 
 
 def dump(folder: Path) -> None:

@@ -1,0 +1,53 @@
+"""python -m pipelines.assemble: runs to one folder, with what is told it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines import TwoStagePipeline, assemble
+from tests import tiny_pipelines as tiny
+
+ladders = tiny.ladders  # a fixture
+
+
+@pytest.fixture(scope="module")
+def ladder(ladders: None) -> TwoStagePipeline:
+    return tiny.pipeline("ladder", micro_batch=8, defaults={"temperature": 0.9, "top_k": 4})
+
+
+def test_assembling_keeps_the_sampling_options_that_it_is_given(ladder: TwoStagePipeline, tmp_path: Path) -> None:
+    for name, part in zip(("tok", "top", "bottom"), (ladder.tokenizer, *ladder.priors), strict=True):
+        part.save_pretrained(tmp_path / name)
+    words = [
+        "--tokenizer",
+        str(tmp_path / "tok"),
+        "--priors",
+        f"{tmp_path / 'top'}, {tmp_path / 'bottom'}",
+        "--out",
+        str(tmp_path / "made"),
+    ]
+    words += ["--temperature.top", "0.5", "--min_p", "0.1", "--guidance.start", "1", "--guidance.stop", "3"]
+    assemble.main([*words, "--check"])
+    assert not (tmp_path / "made").exists()
+    assemble.main(words)
+    options = {"temperature": {"top": 0.5}, "min_p": 0.1, "guidance": {"start": 1, "stop": 3}}
+    loaded = TwoStagePipeline.from_pretrained(tmp_path / "made")
+    assert loaded.defaults == options
+    plain = TwoStagePipeline(ladder.tokenizer, ladder.priors, micro_batch=32)
+    assert torch.equal(loaded.sample(8, seed=0, label=1), plain.sample(8, seed=0, label=1, **options))
+    with pytest.raises(ValueError, match="temperature.middle: unknown level"):
+        assemble.main([*words, "--temperature.middle", "1"])
+
+
+def test_assembling_keeps_a_micro_batch_and_takes_a_path_with_a_comma(ladder: TwoStagePipeline, tmp_path: Path) -> None:
+    tokenizer, prior = tmp_path / "lr=1,wd=2" / "tok", tmp_path / "lr=1,wd=2" / "top"
+    ladder.tokenizer.save_pretrained(tokenizer)
+    ladder.priors[0].save_pretrained(prior)
+    words = ["--tokenizer", str(tokenizer), "--priors", str(prior), "--out"]
+    assemble.main([*words, str(tmp_path / "plain")])
+    assemble.main([*words, str(tmp_path / "small"), "--micro_batch", "4"])
+    sizes = {name: TwoStagePipeline.from_pretrained(tmp_path / name).micro_batch for name in ("plain", "small")}
+    assert sizes == {"plain": 32, "small": 4}

@@ -56,21 +56,14 @@ class PipelineFile(Config):
 
 
 # Parts -------------------------------------------------------------------------------------------------------------
-def _released(path_or_repo: str | Path) -> str:
-    found = release_folder(path_or_repo)
-    if (Path(found) / "config.yaml").is_file() and not (Path(found) / CONFIG).exists():
-        raise HubError(f"{Path(found) / 'model'}: there is no such folder; the run has not released a model yet")
-    return found
-
-
 def load_tokenizer(path_or_repo: str | Path, **source: Any) -> Tokenizer:
     """A tokenizer from a run folder (its ``model/``), the folder of a release, or the Hub; see ``Pretrained.from_pretrained``."""
-    return Tokenizer.from_pretrained(_released(path_or_repo), **source)
+    return Tokenizer.from_pretrained(release_folder(path_or_repo), **source)
 
 
 def load_prior(path_or_repo: str | Path, **source: Any) -> Prior:
     """A prior from a run folder (its ``model/``), the folder of a release, or the Hub; see ``Pretrained.from_pretrained``."""
-    return Prior.from_pretrained(_released(path_or_repo), **source)
+    return Prior.from_pretrained(release_folder(path_or_repo), **source)
 
 
 # Reading -----------------------------------------------------------------------------------------------------------

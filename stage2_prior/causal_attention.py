@@ -13,22 +13,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from stage2_prior.attention import Past, attend
 from stage2_prior.gated_conv import gate, gate_
-from stage2_prior.transformer import attend, attend_last
 
 
 @dataclass
 class Memory:
-    """Keys and values of the places so far, written in place; float32 or wider, as in the transformer's cache.
+    """What one place after the other needs.
 
     Attributes:
-        keys, values: (B, heads, places, head dim).
+        past: keys and values of the places so far.
         qkv, mix, out: (2D, 3D), (D, 2D) and (D, D), the weights as they are multiplied from the right.
         told: of each column of this row, (B or 1, 3D): what the context adds to queries, keys and values.
     """
 
-    keys: Tensor
-    values: Tensor
+    past: Past
     qkv: Tensor
     mix: Tensor
     out: Tensor
@@ -79,18 +78,13 @@ class CausalAttention(nn.Module):
     def begin(self, batch: int, places: int) -> Memory:
         """For ``batch`` samples before their first place."""
         weight, width = self.out.weight, self.out.in_features
-        shape = (batch, self.heads, places, width // self.heads)
-        keys = weight.new_zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32))
         qkv, mix, out = (linear.weight.t().contiguous() for linear in (self.qkv, self.mix, self.out))
-        return Memory(keys, torch.zeros_like(keys), qkv, mix, out)
+        return Memory(Past(weight, batch, self.heads, places, width // self.heads), qkv, mix, out)
 
     def step(self, memory: Memory, h: Tensor, x: Tensor, place: int, column: int) -> Tensor:
         """One place: h and x (B, D) to the h that goes on."""
         asked = torch.cat([self.norm(h), x], 1)
         q, k, v = self._split(torch.addmm(memory.told[column], asked, memory.qkv)[:, None])
-        memory.keys[:, :, place : place + 1] = k
-        memory.values[:, :, place : place + 1] = v
-        seen = memory.keys[:, :, : place + 1], memory.values[:, :, : place + 1]
-        heard = attend_last(q.to(memory.keys.dtype), *seen)
-        mixed = heard.to(h.dtype).flatten(1) @ memory.mix
+        memory.past.write(place, k, v)
+        mixed = memory.past.hear(q, place + 1).flatten(1) @ memory.mix
         return torch.addmm(h, gate_(mixed, *mixed.chunk(2, -1)), memory.out)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stage2_prior.transformer import NORM_EPS, Rotary, attend, attend_last, feed_forward_width
+from stage2_prior.attention import attend, attend_last
+from stage2_prior.transformer import NORM_EPS, Rotary, feed_forward_width
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -98,7 +99,7 @@ def _config(width: int, depth: int, heads: int, vocab: int, length: int, attenti
 def _attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **_: Any) -> tuple[Tensor, None]:
     """Ours in the form that transformers asks for: (B, heads, length, head dim) each to (B, length, heads, head dim). The one query
     after a prefix sees all keys, several see those before them: ``mask`` says nothing more."""
-    y = attend_last(q, k, v) if q.shape[2] == 1 else attend(q, k, v, causal=True)
+    y = attend_last(q, k, v, k.shape[2]) if q.shape[2] == 1 else attend(q, k, v, causal=True)
     return y.transpose(1, 2), None
 
 

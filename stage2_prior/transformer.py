@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stage2_prior.attention import Past, attend
 from stage2_prior.packed import Projection, packed
 
 NORM_EPS = 1e-6
-WHOLE = (torch.float32, torch.float64)
-EXPLICIT_LENGTH = 512  # longest sequence whose attention is computed explicitly in half precision on a CPU
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, each (length, head dim)
 Projections = tuple[Projection, Projection, Projection, Projection]
@@ -27,18 +26,15 @@ Projections = tuple[Projection, Projection, Projection, Projection]
 
 @dataclass
 class Cache:
-    """Keys and values of the live prefix; written in place, float32 or wider whatever the weights are.
-
-    Single-query attention in bfloat16 is several times slower on a CPU, and the prefix is summed over at every step.
+    """What ``append`` goes on from, and adds to.
 
     Attributes:
-        keys, values: (depth, B, heads, capacity, head dim).
+        pasts: each block's keys and values.
         projections: each block's (qkv, out, gate_up, down) as they were when the cache was made, packed.
-        length: how many places are live.
+        length: how many places there are.
     """
 
-    keys: Tensor
-    values: Tensor
+    pasts: Sequence[Past]
     projections: Sequence[Projections]
     length: int = 0
 
@@ -71,36 +67,6 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     return x * cos + torch.cat((-high, low), -1) * sin
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt(dim)) v for (B, heads, length, dim) tensors.
-
-    In half precision on a CPU, torch's fused kernel is 4 to 9 times slower than the plain products for short sequences:
-    there the plain ones run, with the softmax in float32. In float32 and wider that kernel rounds a row differently by its place
-    in the batch where the number of queries is no multiple of 4, mostly with several threads: without gradients it gets zeros more.
-    """
-    length = q.shape[-2]
-    if q.device.type == "cpu" and q.dtype in WHOLE and length % 4 and not torch.is_grad_enabled():
-        more = F.pad(q, (0, 0, 0, -length % 4))
-        return F.scaled_dot_product_attention(more, k, v, is_causal=causal)[..., :length, :]
-    if q.device.type != "cpu" or q.dtype in WHOLE or length > EXPLICIT_LENGTH:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-    if causal:
-        scores = scores + torch.full((length, k.shape[-2]), -math.inf, device=q.device).triu(1)
-    return torch.softmax(scores, -1).to(v.dtype) @ v
-
-
-def attend_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """``attend`` of one query, (B, heads, 1, dim), to all keys, of which each head's lie one after the other, as in a cache.
-
-    On a CPU by plain products, which round a row as any other of the batch (``attend`` would compute 4 queries) and are faster
-    for many rows.
-    """
-    if q.device.type != "cpu" or q.dtype not in WHOLE:
-        return attend(q, k, v, causal=False)
-    return torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1) @ v
-
-
 class Attention(nn.Module):
     """Self-attention over the places of a sequence, queries, keys and values from one product; ``cached`` is the same for one
     stretch after another of a causal one."""
@@ -127,13 +93,9 @@ class Attention(nn.Module):
         """The same for the places that follow those in the cache, which takes up their keys and values."""
         project, out, _, _ = cache.projections[layer]
         q, k, v = self.split(project(x), rotary)
-        start, end = cache.length, cache.length + x.shape[1]
-        cache.keys[layer, :, :, start:end] = k
-        cache.values[layer, :, :, start:end] = v
-        live = cache.keys[layer, :, :, :end], cache.values[layer, :, :, :end]
-        q = q.to(cache.keys.dtype)
-        y = attend_last(q, *live) if end - start == 1 else attend(q, *live, causal=True)
-        return out(y.to(v.dtype).transpose(1, 2).flatten(2))
+        past = cache.pasts[layer]
+        past.write(cache.length, k, v)
+        return out(past.hear(q, cache.length + x.shape[1]).transpose(1, 2).flatten(2))
 
 
 def feed_forward_width(width: int) -> int:
@@ -226,9 +188,9 @@ class Transformer(nn.Module):
 
     def cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for ``batch`` rows of at most ``capacity`` places."""
-        shape = (self.depth, batch, self.heads, capacity, self.width // self.heads)
-        keys = self.norm.weight.new_empty(shape, dtype=torch.promote_types(self.norm.weight.dtype, torch.float32))
-        return Cache(keys, torch.empty_like(keys), [block.projections() for block in self.stack])
+        weight, dim = self.norm.weight, self.width // self.heads
+        pasts = [Past(weight, batch, self.heads, capacity, dim) for _ in self.stack]
+        return Cache(pasts, [block.projections() for block in self.stack])
 
     def append(self, x: Tensor, cache: Cache, rotary: Rotary | None = None) -> Tensor:
         """``forward`` of the L places that follow those in ``cache``, which takes them up: one place, or several at first.

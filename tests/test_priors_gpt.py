@@ -104,7 +104,7 @@ def test_the_schedule_counts_levels_as_the_codes_do() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @torch.no_grad()
-def test_sampling_runs_on_packed_weights_and_one_cache_made_beforehand(dtype: torch.dtype) -> None:
+def test_sampling_runs_on_packed_weights_and_one_cache(dtype: torch.dtype) -> None:
     case = Case("gpt", ((5, (3, 4)),), classes=3)
     prior = case.build().to(dtype)
     assert isinstance(prior, GPTPrior)
@@ -112,18 +112,18 @@ def test_sampling_runs_on_packed_weights_and_one_cache_made_beforehand(dtype: to
     assert isinstance(state, GPTState)
     cache = state.cache
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    assert cache.keys.dtype == cache.values.dtype == wide and cache.keys.shape == (2, 2, 2, 12, 8)
+    assert [tuple(past.keys.shape) for past in cache.pasts] == 2 * [(2, 2, 12, 8)] and {past.values.dtype for past in cache.pasts} == {wide}
     layer = torch.nn.Linear(8, 8).to(dtype)
     packs = packed(layer) is not layer  # where the processor gains from it
     block = prior.trunk.stack[0]
     layers = (block.attention.qkv, block.attention.out, block.feed_forward.gate_up, block.feed_forward.down)
     assert all((used is not layer) == packs for used, layer in zip(cache.projections[0], layers, strict=True))
-    where = cache.keys.data_ptr(), cache.values.data_ptr()
+    where = [(past.keys.data_ptr(), past.values.data_ptr()) for past in cache.pasts]
     for i in range(12):
         logits, state = prior.step(state, previous)
         assert isinstance(state, GPTState) and logits.dtype == dtype and cache.length == i + 1
         previous = logits.argmax(1)
-    assert state.cache is cache and (cache.keys.data_ptr(), cache.values.data_ptr()) == where
+    assert state.cache is cache and [(past.keys.data_ptr(), past.values.data_ptr()) for past in cache.pasts] == where
 
 
 def test_float32_and_bf16_weights_are_packed_here_where_onednn_has_kernels() -> None:

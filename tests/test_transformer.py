@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from stage2_prior.attention import TILE, Past, attend, attend_last
 from stage2_prior.packed import packed
-from stage2_prior.transformer import Transformer, attend, attend_last, rotary_tables, rotate
+from stage2_prior.transformer import Transformer, rotary_tables, rotate
 
 
 def trunk(seed: int = 0, width: int = 24, depth: int = 3, heads: int = 3) -> Transformer:
@@ -30,6 +31,24 @@ def test_the_cached_trunk_equals_the_uncached_one(axes: int) -> None:
     parts = [first] + [module.append(x[:, i : i + 1], cache, (rotary[0][i : i + 1], rotary[1][i : i + 1])) for i in range(4, 10)]
     torch.testing.assert_close(torch.cat(parts, 1), full, atol=2e-6, rtol=0)
     assert cache.length == 10
+
+
+@pytest.mark.parametrize("capacity", [5, TILE, 2 * TILE + 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@torch.no_grad()
+def test_a_place_hears_the_places_before_it_and_no_others_while_memory_grows(capacity: int, dtype: torch.dtype) -> None:
+    k, v, q = (torch.randn(3, 2, capacity, 8, dtype=dtype) for _ in range(3))
+    past, first = Past(torch.zeros(1, dtype=dtype), 3, 2, capacity, 8), capacity // 2
+    wide = torch.promote_types(dtype, torch.float32)
+    expected = F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), is_causal=True)
+    for _ in range(2):  # the second time over what the first has left
+        past.write(0, k[:, :, :first], v[:, :, :first])
+        heard = [past.hear(q[:, :, :first], first)]
+        for i in range(first, capacity):
+            past.write(i, k[:, :, i : i + 1], v[:, :, i : i + 1])
+            heard.append(past.hear(q[:, :, i : i + 1], i + 1))
+        assert heard[-1].dtype == dtype and past.keys.dtype == wide and past.keys.shape[2] == capacity
+        torch.testing.assert_close(torch.cat(heard, 2), expected.to(dtype))
 
 
 def test_several_places_after_the_first_call_are_refused() -> None:
@@ -169,10 +188,10 @@ def test_what_the_last_place_attends_to_does_not_depend_on_the_batch(threads: in
     torch.set_num_threads(threads)
     try:
         for length in (1, 8, 12, 16, 17, 20, 32, 33, 48, 64):
-            q, k, v = (torch.randn(32, 4, n, 32) for n in (1, length, length))
+            q, k, v = (torch.randn(32, 4, n, 32) for n in (1, length + 3, length + 3))
             order = torch.randperm(32)
-            found = attend_last(q, k, v)
-            assert torch.equal(attend_last(q[order], k[order], v[order]), found[order])
-            torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v))
+            found = attend_last(q, k, v, length)
+            assert torch.equal(attend_last(q[order], k[order], v[order], length), found[order])
+            torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k[:, :, :length], v[:, :, :length]))
     finally:
         torch.set_num_threads(before)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from stage2_prior.attention import attend
 from stage2_prior.decoding import MaskGITOptions, Scores, own_steps
 from stage2_prior.packed import packed
 from stage2_prior.sampling import guide
-from stage2_prior.transformer import Rotary, Transformer, attend, swiglu
+from stage2_prior.transformer import Rotary, Transformer, swiglu
 
 if TYPE_CHECKING:
     from stage2_prior.priors.maskgit import MaskGITPrior

@@ -30,7 +30,7 @@ def config(count: int = 2, **changes) -> VQVAE2Config:
     grid = GridConfig(width=12, blocks=1, encoder_blocks=0)
     kinds = tuple(LevelConfig(quantizer=VQConfig(codes=16 + i, dim=3 + i, decay=0.9, restart=0.1)) for i in range(count))
     values = {"net": ConvConfig(widths=(8,), blocks=(1,), encoder_blocks=(0,), patch=2 if count < 4 else 1)}
-    values |= {"ladder": (grid,) * (count - 1), "levels": kinds, "micro_batch": 4}
+    values |= {"ladder": (grid,) * (count - 1), "levels": kinds, "micro_batch": 4, "drop_finer": 0.0}
     return VQVAE2Config(**values | changes)
 
 

@@ -53,7 +53,7 @@ class VQVAE2Config(TokenizerConfig):
     prefix_blocks: Annotated[int, Field(ge=0)] | None = 1
     """Residual blocks of the small decoder that each prefix of levels has for its own reconstruction, without which coarse levels
     end up carrying nothing; null = no such decoders."""
-    drop_finer: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    drop_finer: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of training samples whose decoder sees only some leading levels, as many as chance says; the others are zeros."""
 
     def model_post_init(self, context: Any) -> None:

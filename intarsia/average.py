@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -34,6 +34,18 @@ class AveragedWeights:
         """Starts from the weights as they are: after a release has been loaded into the module."""
         for name, p in self._parameters.items():
             self.values[name].copy_(p)
+
+    @contextmanager
+    def following(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Rows of these that are written to inside, past the optimizer, are taken over as they are: what lies between the place that a
+        code has left and its new one is a code of neither."""
+        watched = {id(p) for p in parameters}
+        before = {name: p.detach().clone() for name, p in self._parameters.items() if id(p) in watched}
+        yield
+        for name, old in before.items():
+            new, value = self._parameters[name].detach(), self.values[name]
+            moved = (new != old).flatten(1).any(1).view(-1, *[1] * (new.ndim - 1))
+            value.copy_(torch.where(moved, new, value))
 
     @torch.no_grad()
     def load(self, saved: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from intarsia.codes_format import MANIFEST, CodesError, read_manifest
 from intarsia.codes_plan import first_difference, plan_of
-from intarsia.files import read_json, why_not_writable
+from intarsia.files import read_json, writable_folder
 
 WORK, PLAN, FACTS = ".dump", "plan.json", ".facts.json"  # while a dump runs: its plan, and what each shard that is done holds
 
@@ -22,12 +22,9 @@ def is_complete(folder: Path, plan: Mapping[str, Any]) -> bool:
         if difference:
             raise CodesError(f"out: {folder} holds a complete dump of {_other(*difference)}")
         return True
-    if folder.exists() and not folder.is_dir():
-        raise CodesError(f"out: {folder} is a file; expected a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / WORK).is_dir():
         raise CodesError(f"out: {folder} is not empty and holds no dump of codes; choose another folder")
-    if reason := why_not_writable(folder):
-        raise CodesError(f"out: {folder} cannot be written to: {reason}")
+    writable_folder(folder, "out", CodesError, make=False)
     return False
 
 

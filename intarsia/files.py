@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,30 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def why_not_writable(folder: Path) -> str | None:
-    """Why ``folder`` cannot be made and written to, as far as that shows without writing; None where nothing speaks against it."""
-    nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
-    if not nearest.is_dir():
-        return os.strerror(errno.ENOTDIR)
-    return None if os.access(nearest, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
+def writable_folder(path: str | Path, name: str, error: Callable[[str], Exception], *, make: bool = True) -> Path:
+    """``path`` as a folder to write to.
+
+    Args:
+        name: the argument that names it, for messages.
+        error: makes the exception that is raised from a one-line message, for a file, a folder below one and one that cannot be written to.
+        make: make the folder with its parents, and a temporary file in it; else only look, and change nothing.
+    """
+    folder = Path(path)
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            folder.lstat()  # a name that is too long, or below a folder that may not be searched
+        nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+        if not nearest.is_dir():
+            raise error(f"{name}: {folder} {'is' if nearest == folder.absolute() else 'lies below'} a file; expected a folder")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except OSError as cause:
+        raise error(f"{name}: {folder} cannot be written to: {cause.strerror}") from None
+    return folder
 
 
 class DiskFullError(OSError):

@@ -1,15 +1,13 @@
-"""What a run needs of the machine: device, precision, processes, an output folder and room on its disk."""
+"""What a run needs of the machine: device, precision, processes and room on the disk."""
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import json
 import os
 import platform
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterable
 from datetime import timedelta
@@ -33,30 +31,6 @@ SPARE_BYTES = 64 << 20  # for logs, pictures and a release of moderate size
 def env_rank() -> int:
     """The rank that the launcher gave this process; 0 where there is none."""
     return int(os.environ.get("RANK", "0"))
-
-
-def check_folder(text: str) -> Path:
-    """The output folder, made where it is missing: a relative path with its parents, an absolute one only below an existing folder.
-
-    Raises:
-        UserError: naming ``run``, where it cannot be written to.
-    """
-    folder = Path(text)
-    try:
-        if folder.is_absolute() and not folder.parent.is_dir():
-            raise UserError(f"run: {folder}: the parent folder does not exist; expected a path below an existing folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except FileExistsError:
-        raise UserError(f"run: {folder} is a file; expected a folder") from None
-    except NotADirectoryError:
-        raise UserError(f"run: {folder} lies below a file; expected a folder") from None
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(f"run: {folder}: no space left on the disk") from None
-        raise UserError(f"run: {folder} cannot be written to: {error.strerror}") from None
-    return folder
 
 
 def check_space(folder: Path, needed: int, allow_low_space: bool) -> None:

@@ -22,7 +22,7 @@ with Run(config, flags, kind="tokenizer") as run:  # folder, lock, space, proces
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -122,6 +122,10 @@ class Run(RunFolder):
         """Call it where other weights were put into the prepared module (--init): the averages start from them."""
         if self._stepper.average is not None:
             self._stepper.average.restart()
+
+    def following(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        """Around what writes to parameters past the optimizer, such as a code that is restarted: the averages take over these rows."""
+        return nullcontext() if self._stepper.average is None else self._stepper.average.following(parameters)
 
     # The loop --------------------------------------------------------------------------------------------------
     def steps(self) -> Iterator[int]:

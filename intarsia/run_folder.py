@@ -14,7 +14,7 @@ from intarsia import machine, sharding
 from intarsia.checkpoint import newest_valid
 from intarsia.cli import Flags, UserError
 from intarsia.distributed import comm
-from intarsia.files import json_bytes, read_json, write_atomic
+from intarsia.files import json_bytes, read_json, writable_folder, write_atomic
 from intarsia.journal import Journal
 from intarsia.lock import RunLock
 from intarsia.release import replace_folder, restore_folder
@@ -24,6 +24,21 @@ from intarsia.stepping import state_bytes
 from intarsia.together import on_main
 
 Save = Callable[[Path], Any]
+
+
+def run_path(text: str, *, make: bool = True) -> Path:
+    """The folder of a run: a relative path with its parents, an absolute one only below an existing folder.
+
+    Args:
+        make: make it, and write to it; else only look.
+
+    Raises:
+        UserError: naming ``run``, where it cannot be written to.
+    """
+    folder = Path(text)
+    if folder.is_absolute() and not folder.parent.is_dir():
+        raise UserError(f"run: {folder}: the parent folder does not exist; expected a path below an existing folder")
+    return writable_folder(folder, "run", UserError, make=make)
 
 
 class RunFolder:
@@ -43,7 +58,7 @@ class RunFolder:
 
     def __init__(self, config: RunConfig, flags: Flags | None = None, *, kind: str) -> None:
         self.config, self.flags, self.kind, self.comm = config, flags or Flags(), kind, comm
-        self.folder = machine.check_folder(config.run)
+        self.folder = run_path(config.run)
         self.checkpoints = self.folder / "checkpoints"
         device = machine.pick_device(config)
         self.precision = machine.pick_precision(config, device)

@@ -6,10 +6,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from intarsia.cli import parse, run_main
+from intarsia.cli import UserError, parse, run_main
 from intarsia.config import Config, Place
+from intarsia.files import writable_folder
 from pipelines.paths import split_paths
 from pipelines.sampling_config import ALIASES, SamplingConfig
+from pipelines.saving import check_place
 from pipelines.two_stage import TwoStagePipeline
 
 PROGRAM = "python -m pipelines.assemble"
@@ -32,13 +34,18 @@ class AssembleConfig(Config):
 
 def main(argv: list[str] | None = None) -> None:
     config, flags = parse(AssembleConfig, argv, ALIASES, PROGRAM)
+    out = writable_folder(config.out, "out", UserError, make=False)
+    try:
+        check_place(out)
+    except FileExistsError as error:
+        raise UserError(f"out: {error}") from None
     settings = {} if config.micro_batch is None else {"micro_batch": config.micro_batch}
     priors = split_paths(config.priors)
     pipeline = TwoStagePipeline.from_runs(config.tokenizer, priors, defaults=config.sampling.given(), **settings)
     if flags.check or flags.dry_run:
         print(f"{pipeline}: the parts fit; nothing was written")
         return
-    pipeline.save_pretrained(config.out)
+    pipeline.save_pretrained(out)
     print(f"{pipeline} -> {config.out}")
 
 

@@ -8,14 +8,13 @@ adds to both distances cancels. The interval holds for the trained weights as th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from intarsia.cli import parse, run_main
+from intarsia.cli import UserError, parse, run_main
 from intarsia.config import ConfigError, Place
-from intarsia.files import finite_or_null, json_bytes, write_atomic
+from intarsia.files import finite_or_null, json_bytes, writable_folder, write_atomic
 from pipelines.evaluation.bootstrap import LEVEL, Estimate, mean_estimate
 from pipelines.evaluation.distances import frechet_table, precision_recall
 from pipelines.evaluation.features import FeatureModel, load_features
@@ -24,6 +23,7 @@ from pipelines.evaluation.sets import ImageSet
 from pipelines.evaluation.settings import (
     REFERENCE,
     MeasureConfig,
+    Reference,
     check_fit,
     check_script,
     choose_reference,
@@ -60,20 +60,23 @@ def named(text: str) -> list[str]:
     return names
 
 
-def check_all(pipelines: Mapping[str, TwoStagePipeline], source: Source, config: CompareConfig) -> None:
-    """Raises ValueError before any draw: for data that are not those of a pipeline, and for options that one has no use for."""
+def check_all(pipelines: Mapping[str, TwoStagePipeline], source: Source, config: CompareConfig) -> Reference:
+    """The reference images. Raises ValueError before any draw: for data that are not those of a pipeline, for options that one has no use
+    for, for pipelines with labels beside ones without, and for classes that cannot be balanced or drawn."""
     for pipeline in pipelines.values():
         check_fit(pipeline, source)
-        pipeline.stream(1, label=0 if pipeline.classes else None, seed=config.seed, **config.sampling.given())
-
-
-def compare(pipelines: Mapping[str, TwoStagePipeline], source: Source, model: FeatureModel, config: CompareConfig) -> dict[str, Any]:
-    """The figures as a plain tree; pipelines are drawn one after the other, the first is what others are compared with."""
-    check_all(pipelines, source, config)
     labelled = {bool(pipeline.classes) for pipeline in pipelines.values()}
     if len(labelled) > 1:
         raise ValueError("pipelines: some take labels and some do not; their samples follow different classes")
     chosen = choose_reference(source, config, labelled == {True})
+    for pipeline in pipelines.values():
+        pipeline.stream(1, label=chosen.labels(pipeline, 1, config.seed), seed=config.seed, **config.sampling.given())
+    return chosen
+
+
+def compare(pipelines: Mapping[str, TwoStagePipeline], source: Source, model: FeatureModel, config: CompareConfig) -> dict[str, Any]:
+    """The figures as a plain tree; pipelines are drawn one after the other, the first is what others are compared with."""
+    chosen = check_all(pipelines, source, config)
     reference = measure_reference(source, config, chosen, model)
     sets: dict[str, ImageSet] = {}
     for name, pipeline in pipelines.items():
@@ -134,11 +137,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f"data: {data_name(config.data)}", flush=True)
     model = load_features(config.features, source.signal, device)
     pipelines = {name: load_pipeline(name, device) for name in names}
-    if flags.check or flags.dry_run:
+    checked = flags.check or flags.dry_run
+    out = writable_folder(config.out, "out", UserError, make=not checked)
+    if checked:
         check_all(pipelines, source, config)
         return
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     tree = compare(pipelines, source, model, config)
     write_atomic(out / FIGURES, json_bytes(finite_or_null(tree)))
     print(table_text(tree))

@@ -9,11 +9,6 @@ report.md and curve.png likewise.
 
 from __future__ import annotations
 
-import os
-import shlex
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -24,11 +19,14 @@ from pydantic import Field
 from intarsia import yaml_io
 from intarsia.cli import Flags, UserError, parse, run_main
 from intarsia.config import Config, Place
-from intarsia.files import json_bytes, read_json, write_atomic
-from intarsia.machine import check_folder
+from intarsia.files import json_bytes, read_json, writable_folder, write_atomic
 from intarsia.metrics_log import read_metrics
+from pipelines.evaluation.features import BUNDLED, load_features
+from pipelines.evaluation.settings import HeldOutName
 from pipelines.pace import pace, ratio
 from pipelines.quantizer_report import curve, report
+from pipelines.stages import prior_config, run_command, said_of, tokenizer_config
+from stage1_tokenizer.data.base import SOURCES
 from stage1_tokenizer.quantizers.base import QuantizerConfig
 from stage1_tokenizer.run_data import run_data
 
@@ -55,7 +53,7 @@ class CompareConfig(Config):
     """What is compared."""
     data: tuple[str, ...] = ()
     """Flags for the data, such as --data.root=DIR."""
-    split: str = "test"
+    split: HeldOutName = "test"
     """What is reconstructed in the end."""
     seconds: Annotated[float, Field(gt=0)] = 600
     """Training of each tokenizer, on the machine that measured the paces."""
@@ -82,44 +80,53 @@ class CompareConfig(Config):
             raise ValueError("quantizers: the name 'results'; the folder of that name holds the figures")
 
 
-def run_command(arguments: Sequence[str], quiet: bool = False, log: Path | None = None, jobs: int = 1) -> float:
-    """Runs ``python -m`` with these arguments; the seconds that it took. SystemExit with its code where it fails.
+def bound(tree: dict[str, Any]) -> dict[str, Any]:
+    """Of a configuration what decides the trained tokenizers and their figures; a folder holds those of one."""
+    entries = [{key: entry.get(key) for key in ("name", "quantizer")} for entry in tree.get("quantizers") or ()]
+    return {key: tree.get(key) for key in ("tokenizer", "data", "split", "seconds")} | {"quantizers": entries}
 
-    Args:
-        quiet: nothing is printed but the end of its errors. ``log``: a file that takes what it prints instead.
-        jobs: so many commands run at once: each takes its share of the cores.
-    """
-    line = f"python -m {shlex.join(arguments)}"
-    if not quiet:
-        print(f"\n> {line}", flush=True)
-    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ} if jobs > 1 else dict(os.environ)
-    command, begin = [sys.executable, "-m", *arguments], time.perf_counter()
-    if log is None:
-        done = subprocess.run(command, check=False, capture_output=quiet, text=True, env=env)
-    else:
-        with log.open("a") as file:
-            done = subprocess.run(command, check=False, stdout=file, stderr=file, text=True, env=env)
-    if done.returncode:
-        told = (done.stderr or "")[-2000:] if log is None else f"see {log}"
-        print(told, f"error: {line}: exit code {done.returncode}", file=sys.stderr)
-        raise SystemExit(done.returncode if done.returncode > 0 else 128 - done.returncode)
-    return time.perf_counter() - begin
+
+def tokenizer_training(config: CompareConfig, entry: EntryConfig) -> list[str]:
+    """The command that trains a tokenizer, without its folder and its steps."""
+    tree = yaml_io.dump(entry.quantizer.to_dict())
+    return ["stage1_tokenizer.train", "--config", config.tokenizer, *config.data, f"--tokenizer.quantizer={tree}"]
 
 
 class Comparison:
-    """The commands of a comparison and what they leave in its folder."""
+    """The commands of a comparison and what they leave in its folder. Raises UserError for a folder of another comparison.
 
-    def __init__(self, config: CompareConfig, out: Path, imports: Sequence[str] = ()) -> None:
+    Args:
+        make: make the folders and write the plan; else only look.
+    """
+
+    def __init__(self, config: CompareConfig, out: Path, imports: Sequence[str] = (), *, make: bool = True) -> None:
         self.config, self.out = config, out
         self.imports = [f"--import={name}" for name in imports]
+        path, plan = out / "plan.json", bound(config.to_dict())
+        if path.is_file():
+            before = bound(read_json(path, UserError).get("config", {}))
+            if changed := [key for key in plan if before[key] != plan[key]]:
+                raise UserError(f"out: {out} holds a comparison with other {', '.join(changed)}; take another folder")
+        stale = self.stale()
+        if not make:
+            return
+        for name in stale:
+            self.save({key: value for key, value in self.result(name).items() if key not in ("prior_steps", "asked")})
         for name in ("results", *(entry.name for entry in config.quantizers)):
             (out / name).mkdir(parents=True, exist_ok=True)
-        plan = {"config": {k: v for k, v in config.to_dict().items() if k not in ("out", "jobs")}}
-        path = out / "plan.json"
-        if path.is_file() and (before := read_json(path, UserError)) != plan:
-            changed = [k for k in plan["config"] if before.get("config", {}).get(k) != plan["config"][k]]
-            raise UserError(f"out: {out} holds a comparison with other {', '.join(changed)}; take another folder")
-        write_atomic(path, json_bytes(plan))
+        write_atomic(path, json_bytes({"config": plan}))
+
+    def stale(self) -> list[str]:
+        """The quantisers whose prior is not done and is now asked for otherwise: its steps are to be measured anew.
+
+        Raises UserError where one is done: it would not compare with the others.
+        """
+        asked = {entry.name: self.result(entry.name).get("asked", {}) for entry in self.config.quantizers}
+        others = {name: [key for key in was if was[key] != getattr(self.config, key)] for name, was in asked.items() if self.config.prior}
+        for name, keys in others.items():
+            if keys and "prior" in self.result(name):
+                raise UserError(f"out: {self.out} holds a prior of {name} with other {', '.join(keys)}; take another folder")
+        return [name for name, keys in others.items() if keys]
 
     def result(self, name: str) -> dict[str, Any]:
         path = self.out / "results" / f"{name}.json"
@@ -135,8 +142,7 @@ class Comparison:
 
     def training(self, entry: EntryConfig) -> list[str]:
         """The command that trains a tokenizer, without its folder and its steps."""
-        tree = yaml_io.dump(entry.quantizer.to_dict())
-        return ["stage1_tokenizer.train", "--config", self.config.tokenizer, *self.config.data, f"--tokenizer.quantizer={tree}"]
+        return tokenizer_training(self.config, entry)
 
     def plan(self, key: str, seconds: float, entries: Sequence[EntryConfig], training: Callable[[EntryConfig], list[str]]) -> None:
         """Measures how many steps each training gets, and keeps it as ``key``; nothing where that is known already.
@@ -153,7 +159,8 @@ class Comparison:
                 steps = seconds / pace(reference)
             else:
                 steps = self.result(first.name)[key] / ratio([*training(entry), *self.imports], reference)
-            self.save(result | {"quantizer": entry.quantizer.to_dict(), key: max(1, round(steps))})
+            asked = {"asked": {name: getattr(self.config, name) for name in ("prior", "prior_seconds")}} if key == "prior_steps" else {}
+            self.save(result | {"quantizer": entry.quantizer.to_dict(), key: max(1, round(steps))} | asked)
             print(f"{entry.name}: {key.replace('_', ' ')} in {seconds:g} s: {max(1, round(steps)):,}", flush=True)
 
     def train_tokenizer(self, entry: EntryConfig) -> float:
@@ -204,6 +211,7 @@ class Comparison:
         self.run(name, ["pipelines.evaluate", "--pipeline", pipeline, f"--data={run_data(Path(tokenizer))}", *evaluation])
         found = read_json(Path(out) / "evaluation.json", UserError, 1 << 24)
         result["prior"] = {"bits": found["bits"], "samples": found["samples"]}
+        result["asked"] = {key: getattr(self.config, key) for key in ("prior", "prior_seconds", "samples", "features")}
         self.save(result)
 
     def each(self, work: Callable[[EntryConfig], None], entries: Sequence[EntryConfig]) -> None:
@@ -239,15 +247,32 @@ class Comparison:
         return sorted(ranked, key=lambda entry: -quality[entry.name])[: self.config.best]
 
 
+def check_parts(config: CompareConfig) -> None:
+    """Raises ConfigError or DataError, before anything runs, for a configuration, a quantiser, data, a split or a feature model that is not
+    there or is wrong."""
+    for entry in config.quantizers:
+        trained = tokenizer_config([*tokenizer_training(config, entry)[1:], "--run", config.out])
+    source = SOURCES.build(trained.data)
+    with said_of("split"):
+        source.split(config.split)
+    if config.prior and config.best:
+        prior_config(["--config", config.prior, "--codes", config.out, "--run", config.out])
+        with said_of("features"):
+            load_features(config.features or BUNDLED, source.signal)
+
+
 def compare(config: CompareConfig, flags: Flags) -> None:
     """The paces, all tokenizers, then the priors of the best, each only where it is not done yet."""
     if flags.max_steps is not None or flags.resume is not None:
         raise UserError("--max_steps, --resume: a comparison has no steps of its own; the same command goes on")
-    if flags.check or flags.dry_run:
+    checked = flags.check or flags.dry_run
+    out = writable_folder(config.out, "out", UserError, make=not checked)
+    check_parts(config)
+    comparison = Comparison(config, out, flags.imports, make=not checked)
+    if checked:
         priors = config.best if config.prior else 0
         print(f"{len(config.quantizers)} quantisers of {config.seconds:g} s, {priors} priors of {config.prior_seconds:g} s")
         return
-    comparison = Comparison(config, check_folder(config.out), flags.imports)
     comparison.plan("steps", config.seconds, config.quantizers, comparison.training)
     comparison.each(comparison.tokenizer, config.quantizers)
     if config.prior and (chosen := comparison.chosen()):

@@ -13,10 +13,11 @@ from torch import Tensor
 from pipelines.drawing import draw_codes
 from pipelines.fit import whole
 from pipelines.labels import Label
-from pipelines.masks import check_mask, check_size, enlarged, generated_share, kept_cells
+from pipelines.masks import check_mask, check_size, enlarged, filled, generated_share, kept_cells
 from pipelines.options import describe
 from pipelines.outputs import from_public
 from pipelines.parts import PipelineParts
+from pipelines.request import Request
 
 
 @contextmanager
@@ -43,10 +44,11 @@ class Completions(PipelineParts):
       signals come alone with ``first`` = n times the number of signals left out.
     - ``seed``, ``batch_size``, ``progress`` and sampling options as in ``sample``.
 
-    A cell of any level is drawn if its patch touches the mask; all others keep the codes of ``encode(x)`` exactly. What ``x`` holds
-    under the mask matters as far as the encoder sees across its border. MaskGIT takes any mask. Autoregressive priors take one that
-    leaves a prefix of the order in which they draw: of an image, whole rows to its end; of several levels in one sequence, whole
-    levels. Which prior cannot is said before any draw.
+    A cell of any level is drawn if its patch touches the mask; all others keep, exactly, the codes of ``x`` with the hidden part filled
+    from its border (``masks.filled``): nothing of what ``x`` holds under the mask reaches a code, however far the encoder sees. A signal
+    that is hidden as a whole is drawn as a whole. MaskGIT takes any mask. Autoregressive priors take one that leaves a prefix of the
+    order in which they draw: of an image, whole rows to its end; of several levels in one sequence, whole levels. Which prior cannot is
+    said before any draw.
     """
 
     def complete_codes(
@@ -71,6 +73,35 @@ class Completions(PipelineParts):
         Raises:
             ValueError: naming the argument, and the prior that cannot complete what ``keep`` leaves open; before any draw.
         """
+        n = whole("n", n, 1)
+        given: dict[str, Any] = {"label": label, "first": first, "seed": seed, "batch_size": batch_size, "progress": progress}
+        codes, keep, request = self._asked(codes, keep, n, **given, **options)
+        self.last_seed = request.seed
+        parts = []
+        for ids in request.batches():
+            row = ((ids - request.first) // n).to(self.device)
+            known = ([c[row] for c in codes], [k[row] for k in keep])
+            parts.append(draw_codes(self.priors, ids, request, self.micro_batch, known))
+        return [torch.cat(level) for level in zip(*parts, strict=True)]
+
+    def check_completion(self, keep: Sequence[Tensor], *, n: int = 1, **arguments: Any) -> None:
+        """Raises the ValueError that ``complete_codes`` would raise for this ``keep`` and these arguments, whatever the codes."""
+        self._asked([torch.zeros_like(k, dtype=torch.int64) for k in self._here("keep", keep)], keep, n, **arguments)
+
+    def _asked(
+        self,
+        codes: Sequence[Tensor],
+        keep: Sequence[Tensor],
+        n: int,
+        *,
+        label: Label | None = None,
+        first: int = 0,
+        seed: int | None = None,
+        batch_size: int | None = None,
+        progress: bool | None = None,
+        **options: Any,
+    ) -> tuple[list[Tensor], list[Tensor], Request]:
+        """What ``complete_codes`` draws from, all checked: codes and ``keep`` of the levels that the priors model, and the request."""
         stop = self.priors[-1].levels.stop
         codes, keep = self._here("codes", codes[:stop]), self._here("keep", keep[:stop])
         counts = [len(t) for t in (*codes, *keep)]
@@ -82,14 +113,9 @@ class Completions(PipelineParts):
         given = self._given_labels(label, rows)
         self._check_known(codes, keep, given is not None)
         if given is not None:
-            request = replace(request, label_of=lambda ids: given[(ids.cpu() - request.first) // n])
-        self.last_seed = request.seed
-        parts = []
-        for ids in request.batches():
-            row = ((ids - request.first) // n).to(self.device)
-            known = ([c[row] for c in codes], [k[row] for k in keep])
-            parts.append(draw_codes(self.priors, ids, request, self.micro_batch, known))
-        return [torch.cat(level) for level in zip(*parts, strict=True)]
+            start = request.first
+            request = replace(request, label_of=lambda ids: given[(ids.cpu() - start) // n])
+        return codes, keep, request
 
     def _check_known(self, codes: Sequence[Tensor], keep: Sequence[Tensor], labelled: bool) -> None:
         for prior in self.priors:
@@ -106,19 +132,24 @@ class Completions(PipelineParts):
 
         Args:
             x: (rows, C, *axes) in [0, 1], of the size that the priors were trained for.
-            mask: (rows, 1, *axes) bool, True where to generate.
+            mask: (rows, 1, *axes) bool, True where to generate. ``x`` has to be a signal there, too; what it holds has no effect.
 
         Raises:
             ValueError: naming the argument, before any draw.
         """
-        check_size(x, self.signal)
-        from_public(x, self.signal)  # refuses what is no signal
-        if len(x) == 0:
-            raise ValueError(f"x: shape {tuple(x.shape)}; expected at least one signal")
+        self._check_signals(x)
         check_mask(mask, len(x), self.signal)
         keep = [kept_cells(mask.to(self.device), level.shape) for level in self.spec.levels]
         with called("mask"):
-            return self.decode(self.complete_codes(self.encode(x), keep, n=n, **arguments)).cpu()
+            codes = self.encode(filled(x, mask.to(x.device)))
+            return self.decode(self.complete_codes(codes, keep, n=n, **arguments)).cpu()
+
+    def _check_signals(self, x: Tensor) -> None:
+        """Raises ValueError for what is no signal of the size of training, and for none at all."""
+        check_size(x, self.signal)
+        from_public(x, self.signal)
+        if len(x) == 0:
+            raise ValueError(f"x: shape {tuple(x.shape)}; expected at least one signal")
 
     def inpaint(self, x: Tensor, mask: Tensor, *, blend: int = 0, n: int = 1, **arguments: Any) -> Tensor:
         """``complete``, with the known samples of ``x`` put back: exactly, but for a seam of ``blend`` samples that mixes both.
@@ -149,7 +180,7 @@ class Completions(PipelineParts):
             x: (rows, C, *axes) in [0, 1], of the size that the priors were trained for.
             redraw: the coarsest level that is drawn, by name or index.
         """
-        check_size(x, self.signal)
+        self._check_signals(x)
         start = self._level(redraw)
         codes = self.encode(x)
         keep = [torch.full_like(c, i < start, dtype=torch.bool) for i, c in enumerate(codes)]

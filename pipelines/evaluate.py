@@ -20,7 +20,7 @@ from torch import Tensor
 
 from intarsia.cli import UserError, parse, run_main
 from intarsia.config import ConfigError, Place
-from intarsia.files import finite_or_null, json_bytes, write_atomic
+from intarsia.files import finite_or_null, json_bytes, writable_folder, write_atomic
 from intarsia.machine import SPARE_BYTES
 from intarsia.pictures import save_grid, save_strips
 from intarsia.specs import SignalSpec
@@ -32,15 +32,14 @@ from pipelines.evaluation.passes import baseline_batches, evaluate_held_out, sea
 from pipelines.evaluation.report import describe_pipeline, memorisation_figures, sample_figures, table
 from pipelines.evaluation.sets import ImageSet, balanced_labels, measure
 from pipelines.evaluation.settings import (
+    HeldOutName,
     MeasureConfig,
     Reference,
-    SplitName,
     check_fit,
     check_script,
     choose_reference,
     data_name,
     load_pipeline,
-    made_folder,
     measure_reference,
     measure_samples,
 )
@@ -63,7 +62,7 @@ class EvaluateConfig(MeasureConfig):
 
     pipeline: Place[str] = ""
     """Folder of a saved pipeline, or a Hub id; the pipeline that ships with the package where empty."""
-    split: SplitName = "validation"
+    split: HeldOutName = "validation"
     """Held-out images: reconstruction, bits, real figures."""
     out: Place[Annotated[str, Field(min_length=1)]] = "evaluation"
     """The folder for evaluation.json, timing.json and pictures."""
@@ -93,8 +92,9 @@ def checked_reference(pipeline: TwoStagePipeline, source: Source, config: Evalua
     check_fit(pipeline, source)
     if (held := len(source.split(config.split))) < 2:
         raise ConfigError([f"split: {config.split} has {held} image(s); figures need at least 2"])
-    pipeline.stream(1, seed=config.seed, **config.sampling.given())
-    return choose_reference(source, config, bool(pipeline.classes))
+    chosen = choose_reference(source, config, bool(pipeline.classes))
+    pipeline.stream(1, label=chosen.labels(pipeline, 1, config.seed), seed=config.seed, **config.sampling.given())
+    return chosen
 
 
 def check_room(folder: Path, signal: SignalSpec, n: int, allow_low_space: bool) -> None:
@@ -142,8 +142,7 @@ def evaluate_pipeline(
     sets = {"samples": samples, "baseline": independent, "reconstructions": held.reconstructions, "real": held.real}
     usage = {"train": CodeMetrics(levels), config.split: CodeMetrics(levels)}
     usage["train"].update(train_codes)
-    if config.split != "train":
-        usage[config.split].update(held.codes)
+    usage[config.split].update(held.codes)
     tree: dict[str, Any] = {
         "pipeline": describe_pipeline(pipeline),
         "data": source.describe(),
@@ -152,7 +151,7 @@ def evaluate_pipeline(
         "seed": config.seed,
         "balanced": balanced,
         "sampling": merged_options(pipeline.priors, pipeline.defaults, config.sampling.given()),
-        "reconstruction": held.reconstruction.compute(),
+        "reconstruction": held.reconstruction.compute() | {"levels": [level.name for level in levels[modelled]]},
         "codes": {name: [asdict(level) for level in counts.compute()] for name, counts in usage.items()},
         "bits": bits_report(pipeline, baseline, held.codes, held.labels, config.bootstrap, config.seed),
         "samples": sample_figures(
@@ -212,9 +211,10 @@ def main(argv: list[str] | None = None) -> None:
     model = load_features(config.features, source.signal, device)
     checked_reference(pipeline, source, config)
     print(f"{pipeline}; features: {model.name}; data: {data_name(config.data)}", flush=True)
-    if flags.check or flags.dry_run:
+    checked = flags.check or flags.dry_run
+    out = writable_folder(config.out, "out", UserError, make=not checked)
+    if checked:
         return
-    out = made_folder(config.out)
     check_room(out, source.signal, config.n + COLUMNS * ROWS, flags.allow_low_space)
     evaluation = evaluate_pipeline(pipeline, source, model, config, out)
     draw(evaluation, source, out)

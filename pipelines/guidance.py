@@ -14,7 +14,7 @@ from pydantic import Field
 
 from intarsia.cli import UserError, parse, run_main
 from intarsia.config import ConfigError, Place
-from intarsia.files import atomic, finite_or_null, json_bytes, read_json, write_atomic
+from intarsia.files import atomic, finite_or_null, json_bytes, read_json, writable_folder, write_atomic
 from pipelines.evaluation.bootstrap import LEVEL, Estimate, mean_estimate
 from pipelines.evaluation.distances import frechet_table, precision_recall
 from pipelines.evaluation.features import FeatureModel, load_features
@@ -94,21 +94,33 @@ def measured(path: Path, head: Mapping[str, Any]) -> list[dict[str, Any]]:
     return points
 
 
-def sweep(pipeline: TwoStagePipeline, source: Source, model: FeatureModel, config: GuidanceConfig) -> dict[str, Any]:
-    """Measures the strengths that are missing, and writes the file after each. Returns the whole tree, strengths rising.
+def begun(
+    pipeline: TwoStagePipeline, source: Source, model: FeatureModel, config: GuidanceConfig
+) -> tuple[Reference, dict[str, Any], list[dict[str, Any]]]:
+    """The reference images, what every point is measured with, and the points that are there already; nothing is drawn.
 
-    Raises ValueError where a prior has no guidance, before any draw.
+    Raises:
+        ValueError: other data than the pipeline's; a prior without guidance; options that no prior has; classes that cannot be balanced.
+        UserError: points in the folder that were measured otherwise.
     """
     check_fit(pipeline, source)
     options = config.sampling.given()
     if not pipeline.classes:
         raise ValueError("guidance: no prior of this pipeline takes labels, so that there is nothing to guide to")
-    for value in config.values:
-        pipeline.stream(1, label=0, seed=config.seed, **options | {"guidance": value})
     chosen = choose_reference(source, config, True)
-    path = Path(config.out) / FIGURES
+    for value in config.values:
+        pipeline.stream(1, label=chosen.labels(pipeline, 1, config.seed), seed=config.seed, **options | {"guidance": value})
     head = finite_or_null(heading(pipeline, source, model, config, chosen))
-    points = measured(path, head)
+    return chosen, head, measured(Path(config.out) / FIGURES, head)
+
+
+def sweep(pipeline: TwoStagePipeline, source: Source, model: FeatureModel, config: GuidanceConfig) -> dict[str, Any]:
+    """Measures the strengths that are missing, and writes the file after each. Returns the whole tree, strengths rising.
+
+    Raises ValueError or UserError as ``begun`` does, before any draw.
+    """
+    chosen, head, points = begun(pipeline, source, model, config)
+    options, path = config.sampling.given(), Path(config.out) / FIGURES
     reference = measure_reference(source, config, chosen, model)
     for value in config.values:
         if any(one["guidance"] == value for one in points):
@@ -161,11 +173,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f"data: {data_name(config.data)}", flush=True)
     pipeline = load_pipeline(config.pipeline, device)
     model = load_features(config.features, source.signal, device)
-    check_fit(pipeline, source)
-    if flags.check or flags.dry_run:
+    checked = flags.check or flags.dry_run
+    out = writable_folder(config.out, "out", UserError, make=not checked)
+    if checked:
+        begun(pipeline, source, model, config)
         return
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     tree = sweep(pipeline, source, model, config)
     save_picture(out / PICTURE, tree)
     print(table_text(tree))

@@ -1,8 +1,8 @@
 """What completions are worth: ``python -m pipelines.judge_completions --pipeline DIR --judge DIR --part right --out DIR``.
 
 A part of held-out images is drawn anew, and a judge, another pipeline on the same tokenizer's codes, says what the whole then
-costs in bits: beside the images as they were, and beside codes drawn independently from the frequencies of their position and
-class (``IndependentCodes``), in the same places. The known codes of both are of images whose part is filled from its border
+costs in bits: beside the codes as they were, and beside codes drawn independently from the frequencies of their position and
+class (``IndependentCodes``), in the same places. The known codes of all three are of images whose part is filled from its border
 (``masks.filled``), so that nothing of what is to be drawn is told by them. completions.json and completions.png.
 """
 
@@ -10,22 +10,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from intarsia.cli import parse, run_main
+from intarsia.cli import UserError, parse, run_main
 from intarsia.config import Config, Place, Seed
-from intarsia.files import finite_or_null, json_bytes, write_atomic
+from intarsia.files import finite_or_null, json_bytes, writable_folder, write_atomic
 from intarsia.pictures import save_strips
 from pipelines.completion import called
 from pipelines.evaluation.baseline import IndependentCodes
 from pipelines.evaluation.bootstrap import LEVEL, mean_estimate
 from pipelines.evaluation.report import describe_pipeline
 from pipelines.evaluation.sets import BATCH
-from pipelines.evaluation.settings import SplitName, check_fit, check_script, data_name, load_pipeline, made_folder
+from pipelines.evaluation.settings import SplitName, check_fit, check_script, data_name, load_pipeline
 from pipelines.masks import filled, kept_cells
 from pipelines.options import merged_options
 from pipelines.sample import device_of
@@ -109,32 +110,63 @@ def encoded(pipeline: TwoStagePipeline, split: Split, rows: Tensor, hidden: Part
     return [torch.cat(level) for level in zip(*parts, strict=True)][: pipeline.priors[-1].levels.stop]
 
 
+@dataclass(frozen=True)
+class Hidden:
+    """What is completed.
+
+    Attributes:
+        rows: (n,) int64, of the split.
+        label: (n,) int64, their classes; None where unlabelled.
+        mask: (n, 1, H, W) bool, True in the part.
+        keep: one (n, *grid) bool tensor for each level that the priors model, True where the code stays.
+    """
+
+    rows: Tensor
+    label: Tensor | None
+    mask: Tensor
+    keep: list[Tensor]
+
+    def arguments(self, pipeline: TwoStagePipeline, config: JudgeConfig) -> dict[str, Any]:
+        """What ``complete_codes`` is given beside codes."""
+        return {"keep": self.keep, "label": self.label if pipeline.classes else None, "seed": config.seed, **config.sampling.given()}
+
+
+def hidden_part(pipeline: TwoStagePipeline, judge: TwoStagePipeline, source: Source, config: JudgeConfig) -> Hidden:
+    """What ``config`` asks for, before any image is encoded.
+
+    Raises:
+        ValueError: pipelines of different tokenizers or data; a split that is not there; a part that the pipeline's priors cannot complete;
+            options that they do not have.
+    """
+    check_pair(pipeline, judge, source)
+    split = source.split(config.split)
+    rows = torch.arange(min(config.n, len(split)))
+    label = None if split.labels is None else split.labels[rows]
+    mask = part_mask(config.part, len(rows), pipeline.signal.shape)
+    keep = [kept_cells(mask, level.shape) for level in pipeline.spec.levels[: pipeline.priors[-1].levels.stop]]
+    hidden = Hidden(rows, label, mask, keep)
+    with called("part"):
+        pipeline.check_completion(**hidden.arguments(pipeline, config))
+    return hidden
+
+
 def measure_completions(
     pipeline: TwoStagePipeline, judge: TwoStagePipeline, source: Source, config: JudgeConfig
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The figures as a plain tree, and rows of images for a picture.
-
-    Raises:
-        ValueError: pipelines of different tokenizers or data; a part that the pipeline's priors cannot complete.
-    """
-    check_pair(pipeline, judge, source)
+    """The figures as a plain tree, and rows of images for a picture. Raises ValueError as ``hidden_part`` does."""
+    hidden = hidden_part(pipeline, judge, source, config)
     split, train = source.split(config.split), source.split("train")
-    rows = torch.arange(min(config.n, len(split)))
-    label = None if split.labels is None else split.labels[rows]
+    rows, label, mask, keep = hidden.rows, hidden.label, hidden.mask, hidden.keep
     codes, told = encoded(pipeline, split, rows), encoded(pipeline, split, rows, config.part)
-    mask = part_mask(config.part, len(rows), pipeline.signal.shape)
-    keep = [kept_cells(mask, level.shape) for level in pipeline.spec.levels[: len(codes)]]
     drawn = sum(int((~k[0]).sum()) for k in keep)
-
-    known = label if pipeline.classes else None
-    with called("part"):
-        completed = [c.cpu() for c in pipeline.complete_codes(told, keep, label=known, seed=config.seed, **config.sampling.given())]
+    completed = [c.cpu() for c in pipeline.complete_codes(told, **hidden.arguments(pipeline, config))]
     levels = pipeline.spec.levels[: len(codes)]
     baseline = IndependentCodes(levels, encoded(pipeline, train, torch.arange(len(train))), train.labels, len(source.classes))
     marginal = baseline.sample(rows, label if baseline.labels is not None else None, config.seed)
     independent = [torch.where(k, c, other) for k, c, other in zip(keep, told, marginal, strict=True)]
 
-    sets = {"real": codes, "completed": completed, "independent": independent}
+    real = [torch.where(k, c, whole) for k, c, whole in zip(keep, told, codes, strict=True)]
+    sets = {"real": real, "completed": completed, "independent": independent}
     judged = label if judge.classes else None
     bits = {name: judge.nll(found, judged).cpu() / (math.log(2) * drawn) for name, found in sets.items()}
 
@@ -167,8 +199,8 @@ def measure_completions(
 def table_text(tree: Mapping[str, Any]) -> str:
     """The figures in lines."""
     words = {
-        "completed_above_real": "completed, above the images as they were",
-        "independent_above_real": "drawn independently, above the images as they were",
+        "completed_above_real": "completed, above the codes as they were",
+        "independent_above_real": "drawn independently, above the codes as they were",
         "independent_above_completed": "drawn independently, above completed",
     }
     head = f"{tree['images']} {tree['split']} images, part {tree['part']}: {tree['drawn_codes']} codes of each drawn"
@@ -186,10 +218,11 @@ def main(argv: list[str] | None = None) -> None:
     source = SOURCES.build(config.data)
     print(f"data: {data_name(config.data)}", flush=True)
     pipeline, judge = load_pipeline(config.pipeline, device), load_pipeline(config.judge, device)
-    check_pair(pipeline, judge, source)
-    if flags.check or flags.dry_run:
+    hidden_part(pipeline, judge, source, config)
+    checked = flags.check or flags.dry_run
+    out = writable_folder(config.out, "out", UserError, make=not checked)
+    if checked:
         return
-    out = made_folder(config.out)
     tree, pictures = measure_completions(pipeline, judge, source, config)
     write_atomic(out / "completions.json", json_bytes(finite_or_null(tree)))
     save_strips(out / "completions.png", pictures, title=f"Completions: {config.part}")

@@ -41,12 +41,11 @@ def kept_cells(mask: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 def filled(x: Tensor, mask: Tensor) -> Tensor:
-    """``x`` (n, C, *axes) with each sample under the mask (n, 1, *axes) replaced by the nearest known one along an axis.
+    """``x`` (n, C, *axes) with each sample under the mask (n, 1, *axes), bool, replaced by the nearest known one along an axis.
 
-    Beside a straight border that is the border repeated, as ``enlarged`` does it. Raises ValueError where a mask leaves nothing known.
+    Beside a straight border that is the border repeated, as ``enlarged`` does it. A row of which nothing is known stays as it is.
     """
-    if bool(mask.flatten(1).all(1).any()):
-        raise ValueError(f"mask: row {int(mask.flatten(1).all(1).nonzero()[0, 0])} leaves nothing known")
+    mask = mask & ~mask.flatten(1).all(1).view(-1, *[1] * (mask.ndim - 1))
     while bool(mask.any()):
         nearest, best = torch.full(mask.shape, max(x.shape[2:]), device=x.device), x
         for axis in range(2, x.ndim):
@@ -80,7 +79,8 @@ def enlarged(x: Tensor, margins: Any, signal: SignalSpec) -> tuple[Tensor, Tenso
         margins: for each axis (before, after), in samples.
 
     Raises:
-        ValueError: for anything but a pair of whole numbers per axis, and where they do not complete ``x`` to the signal's size.
+        ValueError: for anything but a pair of whole numbers per axis, where they do not complete ``x`` to the signal's size, and for an
+            ``x`` that is no floating-point tensor of as many axes.
     """
     axes = len(signal.shape)
     if not isinstance(margins, Sequence) or len(margins) != axes or any(not isinstance(m, Sequence) or len(m) != 2 for m in margins):
@@ -89,6 +89,8 @@ def enlarged(x: Tensor, margins: Any, signal: SignalSpec) -> tuple[Tensor, Tenso
     if not isinstance(x, Tensor) or x.ndim != 2 + axes or min(x.shape[2:]) == 0:
         shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x: {shape}; expected a tensor (batch, {signal.channels}, {axes} axes of at least 1)")
+    if not x.is_floating_point():
+        raise ValueError(f"x: dtype {x.dtype}; expected floating point")
     canvas = tuple(before + size + after for (before, after), size in zip(pairs, x.shape[2:], strict=True))
     if canvas != signal.shape:
         raise ValueError(f"margins: {margins!r} make {canvas} of {tuple(x.shape[2:])}; the priors were trained for {signal.shape}")

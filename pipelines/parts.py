@@ -90,8 +90,8 @@ class PipelineParts:
         return to_public(self.tokenizer.decode(self._here("codes", codes)), self.signal)
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """``decode(encode(x))``: signals in [0, 1] as their codes keep them."""
-        return self.decode(self.encode(x))
+        """Signals in [0, 1] as their codes keep them, of the levels that the priors model: what a perfect prior could make."""
+        return self.decode(self.encode(x)[: self.priors[-1].levels.stop])
 
     # Likelihood ------------------------------------------------------------------------------------------------
     @property

@@ -24,7 +24,8 @@ from pydantic import Field
 from intarsia.cli import Flags, UserError, parse, run_main
 from intarsia.config import Config, Place, Seed
 from intarsia.files import json_bytes, read_json, write_atomic
-from intarsia.machine import check_folder
+from intarsia.run_folder import run_path
+from pipelines.stages import prior_config, tokenizer_config
 from stage1_tokenizer.run_data import run_data
 
 PROGRAM = "python -m pipelines.quickstart"
@@ -131,15 +132,20 @@ def gather(run: Path, seconds: dict[str, float]) -> None:
 
 
 def quickstart(config: QuickstartConfig, flags: Flags) -> None:
-    """Runs all stages, or what is left of them."""
+    """Runs all stages, or what is left of them. Raises ConfigError or UserError before the first for a configuration that is not there or
+    is wrong, and for a folder that cannot be written to."""
     if flags.resume is not None or flags.allow_low_space:
         raise UserError("--resume, --allow_low_space: the quickstart has no use for them; the same command goes on where it was")
-    if flags.check or flags.dry_run:
-        for name, arguments in stages(config, flags.max_steps):
+    checked, commands = flags.check or flags.dry_run, stages(config, flags.max_steps)
+    words = {name: arguments[1:] for name, arguments in commands}
+    tokenizer_config(words["tokenizer"])
+    prior_config(words["prior"])
+    run = run_path(config.run, make=not checked)
+    if checked:
+        for name, arguments in commands:
             print(f"[{name}] python -m {shlex.join(arguments)}")
         return
-    run = check_folder(config.run)
-    for name, arguments in stages(config, flags.max_steps):
+    for name, arguments in commands:
         if name == "samples":
             arguments = [*arguments, f"--data={run_data(run / 'tokenizer')}"]
         if name == "codes":

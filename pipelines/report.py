@@ -75,7 +75,9 @@ def read_row(folder: str) -> Row:
 
 def _cells(tree: Mapping[str, Any], figures: Mapping[str, Any], spent: Mapping[str, Any] | None) -> dict[str, str]:
     tokenizer, priors = tree["pipeline"]["tokenizer"], tree["pipeline"]["priors"]
-    grids = " + ".join(f"{'x'.join(map(str, level['shape']))} of {level['vocab']}" for level in tokenizer["levels"])
+    modelled = {name for prior in priors for name in prior["levels"]}
+    levels = [level for level in tokenizer["levels"] if level["name"] in modelled]
+    grids = " + ".join(f"{'x'.join(map(str, level['shape']))} of {level['vocab']}" for level in levels)
     total = tree["bits"]["total"]
     bits = f"{total['bits_per_image']:.1f}"
     options = ", ".join(f"{name} {value}" for name, value in tree["sampling"].items())

@@ -17,12 +17,12 @@ from pydantic import Field
 from intarsia.cli import Flags, RunError, UserError, parse, run_main
 from intarsia.config import Config, Place, Seed
 from intarsia.distributed import comm
-from intarsia.files import DiskFullError, atomic
+from intarsia.files import DiskFullError, atomic, writable_folder
 from intarsia.pictures import mosaic
 from intarsia.processes import start
 from pipelines.labels import class_index
 from pipelines.outputs import check_output
-from pipelines.sample_set import PLAN, Kind, SetPlan, arrays, write_npz, write_set
+from pipelines.sample_set import PLAN, SHARD, Kind, SetPlan, agreed_plan, arrays, write_npz, write_set
 from pipelines.sampling_config import ALIASES, SamplingConfig
 from pipelines.two_stage import TwoStagePipeline
 
@@ -43,17 +43,17 @@ class SampleConfig(Config):
     out: Place[str] = "grid.png"
     """A .png file for one grid, a .npz file for arrays, or a folder for many samples, which several processes can fill."""
     columns: Annotated[int | None, Field(ge=1)] = None
-    """Columns of the grid; nearly square by default."""
+    """Columns of a grid (.png); nearly square by default."""
     label: str = ""
     """Class name or index, several joined by commas to be dealt in turn, or "all"; drawn by the training frequencies where empty."""
     seed: Seed | None = None
     """A fresh one by default, which is printed."""
     sampling: SamplingConfig = SamplingConfig()
     """Temperature and the like."""
-    format: Kind = "png"
-    """In a folder: a PNG per sample, or a .npz file with arrays per shard."""
-    shard: Annotated[int, Field(ge=1)] = 1000
-    """In a folder: consecutive samples that one process draws."""
+    format: Kind | None = None
+    """In a folder: png, one per sample, or npz, a file with arrays per shard; png where null."""
+    shard: Annotated[int | None, Field(ge=1)] = None
+    """In a folder: consecutive samples that one process draws; 1000 where null."""
     batch_size: Place[Annotated[int | None, Field(ge=1)]] = None
     """How many are in the making at once; the samples do not depend on it. Fewer than the pipeline's micro_batch save no memory."""
     device: Place[str] = "auto"
@@ -106,10 +106,16 @@ def checked_out(out: str) -> Path:
     if not is_file and path.exists() and (not path.is_dir() or (_holds_files(path) and not (path / PLAN).exists())):
         found = "a folder that holds files already" if path.is_dir() else "a file"
         raise UserError(f"out: {out} is {found}; expected a new or empty folder, or one of interrupted samples")
-    above = next(p for p in (path if path.is_dir() else path.absolute().parent, *path.absolute().parents) if p.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"out: {above} is {'not writable' if above.is_dir() else 'a file'}; {out} cannot be written")
+    writable_folder(path.parent if is_file else path, "out", UserError, make=False)
     return path
+
+
+def check_idle(config: SampleConfig, path: Path, one_file: bool) -> None:
+    """Raises UserError for an option that has no use for what is written to ``path``."""
+    what = "a folder" if not one_file else "a grid" if path.suffix == ".png" else "a file of arrays"
+    for name, has in (("columns", "a grid"), ("format", "a folder"), ("shard", "a folder")):
+        if getattr(config, name) is not None and what != has:
+            raise UserError(f"{name}: {config.out} is {what}; only {has} has it")
 
 
 def write_file(pipeline: TwoStagePipeline, path: Path, plan: SetPlan, columns: int | None) -> int:
@@ -137,6 +143,7 @@ def run(config: SampleConfig, flags: Flags) -> None:
             raise UserError(f"--{name}: pipelines.sample has no use for it")
     path = checked_out(config.out)
     one_file = path.suffix in (".png", ".npz") and not path.is_dir()
+    check_idle(config, path, one_file)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and one_file:
         raise UserError(f"out: {config.out} is one file, which {world} processes cannot write together; give a folder")
@@ -145,7 +152,8 @@ def run(config: SampleConfig, flags: Flags) -> None:
         pipeline = TwoStagePipeline.from_pretrained(config.pipeline, revision=config.revision)
     else:
         pipeline = TwoStagePipeline.bundled()
-    if path.suffix != ".npz" and (one_file or config.format == "png"):
+    kind = config.format or "png"
+    if path.suffix != ".npz" and (one_file or kind == "png"):
         check_output("pil", pipeline.signal)
     label = turns(config.label, pipeline.classes)
     plan = SetPlan(
@@ -154,19 +162,22 @@ def run(config: SampleConfig, flags: Flags) -> None:
         seed=config.seed,
         label=None if label is None else tuple(label),
         options=config.sampling.given(),
-        kind=config.format,
-        shard=config.shard,
+        kind=kind,
+        shard=config.shard or SHARD,
         batch_size=config.batch_size,
     )
     pipeline.stream(1, first=plan.first, label=plan.labels(plan.first, 1), seed=plan.seed, batch_size=plan.batch_size, **plan.options)
     if config.batch_size is not None and config.batch_size < pipeline.micro_batch and comm.rank == 0:
         padded = f"batch_size: {config.batch_size} is below the pipeline's micro_batch, {pipeline.micro_batch}, to which batches are padded"
         print(f"{padded}: it saves no memory; pipelines.assemble --micro_batch does", flush=True)
+    pipeline.to(device)
     if flags.check:
-        print(f"{pipeline}: {config.n} samples would be written to {path}")
+        if not one_file:
+            agreed_plan(path, plan, plan.tree(pipeline))
+        if comm.rank == 0:
+            print(f"{pipeline}: {config.n} samples would be written to {path}")
         return
     try:
-        pipeline.to(device)
         seed = write_file(pipeline, path, plan, config.columns) if one_file else write_set(pipeline, path, plan)
     except DiskFullError as error:
         raise RunError(f"{error}; the same command goes on from here") from error

@@ -28,6 +28,7 @@ from pipelines.two_stage import TwoStagePipeline
 
 FORMAT, PLAN, FACTS = "samples/1", "plan.json", "samples.json"
 Kind = Literal["png", "npz"]
+SHARD = 1000  # samples per shard where nothing else is said
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class SetPlan:
     label: tuple[int, ...] | None
     options: dict[str, Any]
     kind: Kind = "png"
-    shard: int = 1000
+    shard: int = SHARD
     batch_size: int | None = None
 
     def tree(self, pipeline: TwoStagePipeline) -> dict[str, Any]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 FORMAT = "pipeline/1"
 INDEX = "pipeline.json"
 TOKENIZER, PRIORS = "tokenizer", "priors"
+NAMES = (TOKENIZER, PRIORS, CARD, PICTURE, INDEX)  # in the order in which they are put in place
 
 
 class PartEntry(Config):
@@ -130,6 +131,15 @@ def _write(
     write_atomic(folder / INDEX, json_bytes(PipelineFile.from_dict(tree | {"tokenizer": entries[0], "priors": entries[1:]}).to_dict()))
 
 
+def check_place(folder: Path) -> None:
+    """Raises FileExistsError where ``folder`` is a file, or holds one of the names that are written, but no pipeline."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder}: is a file; expected a folder")
+    taken = [name for name in NAMES if (folder / name).exists()]
+    if taken and INDEX not in taken:
+        raise FileExistsError(f"{folder}: holds {taken[0]!r}, but no {INDEX}; expected a new folder, or one of a pipeline")
+
+
 def write_pipeline(
     pipeline: TwoStagePipeline, folder: Path, *, samples: int, metrics: Mapping[str, float] | None = None, license: str | None = None
 ) -> None:
@@ -137,15 +147,9 @@ def write_pipeline(
     its own, and moves it part by part, ``pipeline.json`` last, so that an interrupted move is noticed by the hashes. Other files stay.
 
     Raises:
-        FileExistsError: ``folder`` is a file, or holds one of the names that are written, but no pipeline.
-        HubError: the pipeline would not load.
+        FileExistsError: as ``check_place`` does. HubError: the pipeline would not load.
     """
-    names = (TOKENIZER, PRIORS, CARD, PICTURE, INDEX)
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder}: is a file; expected a folder")
-    taken = [name for name in names if (folder / name).exists()]
-    if taken and INDEX not in taken:
-        raise FileExistsError(f"{folder}: holds {taken[0]!r}, but no {INDEX}; expected a new folder, or one of a pipeline")
+    check_place(folder)
     target = folder.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".tmp-{target.name}-", dir=target if target.exists() else target.parent) as temporary:
@@ -155,7 +159,7 @@ def write_pipeline(
         if not target.exists():
             os.replace(built, target)
             return
-        for name in names:
+        for name in NAMES:
             if (target / name).is_dir():
                 shutil.rmtree(target / name)
             if (built / name).exists():

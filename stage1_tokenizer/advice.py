@@ -22,7 +22,7 @@ class LevelFacts:
     """What was measured of one level.
 
     Attributes:
-        name, vocab, positions: of the level.
+        name, vocab, positions: of the level; in_use: how many of the vocabulary there can be as yet, fewer where a codebook grows.
         seen: how many codes were looked at; used: how many different ones occurred; perplexity, entropy_bits: of their frequencies.
         table_used: how many codes of its codebook occurred, in all levels that share it; None where an earlier level has it.
         position_bits: (min, mean, max) entropy of a position.
@@ -36,6 +36,7 @@ class LevelFacts:
 
     name: str
     vocab: int
+    in_use: int
     positions: int
     seen: int
     used: int
@@ -63,15 +64,15 @@ def level_findings(facts: LevelFacts) -> list[Finding]:
     """What is wrong with one level, worst first."""
     found = []
     where, ratio = f"level {facts.name}", facts.error / max(facts.variance, 1e-12)
-    if facts.table_used is not None and facts.table_used < LOW_USAGE * expected_codes(facts.vocab, facts.seen):
-        found.append(Finding(f"{where}: collapse, {facts.table_used} of {facts.vocab} codes are used", facts.advice["collapse"]))
+    if facts.table_used is not None and facts.table_used < LOW_USAGE * expected_codes(facts.in_use, facts.seen):
+        found.append(Finding(f"{where}: collapse, {facts.table_used} of {facts.in_use} codes are used", facts.advice["collapse"]))
     elif facts.perplexity < FEW_CODES * facts.used:
         shown = f"{where}: perplexity {facts.perplexity:.0f} of {facts.used} used codes: a few codes do nearly all the work"
         found.append(Finding(shown, "fine where the data have much empty background or a rate is set; else beta: 0.1, or fewer codes"))
     if ratio > FAR:
         shown = f"{where}: the latents lie {ratio:.0f} times their own variance away from their codes"
         found.append(Finding(shown, facts.advice["far"]))
-    elif ratio > max(POOR, WHITE * facts.vocab ** (-2 / facts.dim)):
+    elif ratio > max(POOR, WHITE * facts.in_use ** (-2 / facts.dim)):
         shown = f"{where}: the quantisation error is {ratio:.0%} of the latents' variance"
         found.append(Finding(shown, "more codes, several stages (residual) or groups (product), a smaller dim, a longer training"))
     if facts.twins:

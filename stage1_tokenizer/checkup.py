@@ -99,6 +99,7 @@ def examine(tokenizer: Tokenizer, objective: Objective, split: Split, samples: i
             LevelFacts(
                 name=level.name,
                 vocab=level.vocab,
+                in_use=quantizer.codes_in_use(level.vocab),
                 positions=level.positions,
                 seen=statistics.codes,
                 used=statistics.used,

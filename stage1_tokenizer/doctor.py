@@ -55,7 +55,7 @@ def page(checkup: Checkup) -> list[str]:
     for facts, pairs in zip(checkup.levels, checkup.pairs, strict=True):
         low, mean, high = facts.position_bits
         lines.append(
-            f"level {facts.name}: {facts.used} of {facts.vocab} codes used, perplexity {facts.perplexity:.1f},"
+            f"level {facts.name}: {facts.used} of {facts.in_use} codes used, perplexity {facts.perplexity:.1f},"
             f" {facts.entropy_bits:.2f} bits per code; by position {low:.2f} to {high:.2f}, mean {mean:.2f}"
         )
         lines.append(

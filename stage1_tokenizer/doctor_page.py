@@ -30,9 +30,8 @@ def save_page(path: Path, checkup: Checkup, shapes: Sequence[tuple[int, ...]]) -
     for i, (facts, bits, shape) in enumerate(zip(checkup.levels, checkup.position_bits, shapes, strict=True)):
         axes = figure.add_subplot(grid[0, i])
         _positions(axes, bits, shape)
-        axes.set_title(
-            f"{facts.name}: bits by position\n{facts.used} of {facts.vocab} used, perplexity {facts.perplexity:.0f}", fontsize=9, loc="left"
-        )
+        used = f"{facts.used} of {facts.in_use} used, perplexity {facts.perplexity:.0f}"
+        axes.set_title(f"{facts.name}: bits by position\n{used}", fontsize=9, loc="left")
     _curve(figure.add_subplot(grid[1, : columns // 2 + 1]), checkup.curve)
     _gradients(figure.add_subplot(grid[1, columns // 2 + 1 :]), checkup.gradients)
     _advice(figure.add_subplot(grid[2, :]), checkup)

@@ -19,7 +19,7 @@ from torch import Tensor
 from intarsia.cli import UserError, parse, run_main
 from intarsia.config import Config, ConfigError, Place
 from intarsia.distributed import Comm, comm
-from intarsia.files import finite_or_null, json_bytes, why_not_writable, write_atomic
+from intarsia.files import finite_or_null, json_bytes, writable_folder, write_atomic
 from intarsia.hub_files import release_folder
 from intarsia.order import share
 from intarsia.pictures import save_codebook, save_strips
@@ -235,12 +235,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{tokenizer.type_name} {tokenizer.fingerprint[:12]}: {rows}", flush=True)
     source.split(config.split)
     check_signal(tokenizer, source)
-    if reason := why_not_writable(out):
-        raise UserError(f"out: {out} cannot be written to: {reason}")
-    if flags.check or flags.dry_run:
+    checked = flags.check or flags.dry_run
+    writable_folder(out, "out", UserError, make=comm.rank == 0 and not checked)
+    if checked:
         return
-    if comm.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)  # what cannot be written to is said before the work
     tree, train_codes = report(tokenizer.to(device), source, config.split)
     if comm.rank != 0:
         return

@@ -37,16 +37,19 @@ class Health(nn.Module):
     but a look. A level of more than ``LARGEST_TABLE`` codes is not watched: a table of all of them would be larger than most models.
 
     Attributes:
-        stage: () int64, how many remedies were applied to each level.
+        stage: (levels,) int64, how many remedies were applied to each level.
+        open: (levels,) int64, the codes that there could be at the last look, or at the start; 0 where that is not known.
     """
 
     stage: Tensor
+    open: Tensor
 
     def __init__(self, config: HealthConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.config = config
         self.levels = tokenizer.level_specs()
         self.register_buffer("stage", torch.zeros(len(self.levels), dtype=torch.int64))
+        self.register_buffer("open", torch.zeros(len(self.levels), dtype=torch.int64))
         self.watched = [i for i, level in enumerate(self.levels) if level.vocab <= LARGEST_TABLE]
         for i in self.watched:
             level = self.levels[i]
@@ -59,6 +62,21 @@ class Health(nn.Module):
         found = getattr(self, f"{name}_{i}")
         assert isinstance(found, Tensor)
         return found
+
+    def begin(self, tokenizer: Tokenizer) -> None:
+        """Before the first step, on each rank: remembers how many codes there can be, as a codebook may grow before the first look."""
+        self._remember(self._quantizers(tokenizer), unknown=True)
+
+    def _remember(self, quantizers: list[Quantizer] | None, unknown: bool = False) -> None:
+        """``open`` as it is now; ``unknown``: only where it is not known."""
+        for i, level in enumerate(self.levels):
+            if not (unknown and int(self.open[i])):
+                self.open[i] = quantizers[i].codes_in_use(level.vocab) if quantizers else level.vocab
+
+    def _quantizers(self, tokenizer: Tokenizer) -> list[Quantizer] | None:
+        signal = tokenizer.signal
+        zeros = torch.zeros(1, signal.channels, *signal.shape, device=tokenizer.device, dtype=tokenizer.dtype)
+        return level_quantizers(tokenizer, zeros)
 
     def fold(self, comm: Comm) -> None:
         """Makes the counts those of all ranks, as a checkpoint wants its state. Each rank calls it."""
@@ -84,6 +102,8 @@ class Health(nn.Module):
     ) -> dict[str, Tensor]:
         """Figures of all codes since the last look, over the ranks; acts on a collapse as configured. Each rank calls it.
 
+        A codebook that has grown since is judged by the codes that were there all the time: the new ones have had little of it.
+
         Args:
             reinitialize: sets the codebooks that ask for it from data, as at the start of a training.
             say: prints a line on the main process.
@@ -97,9 +117,7 @@ class Health(nn.Module):
         Raises:
             RunError: collapse is "stop" and it has.
         """
-        signal = tokenizer.signal
-        zeros = torch.zeros(1, signal.channels, *signal.shape, device=tokenizer.device, dtype=tokenizer.dtype)
-        quantizers = level_quantizers(tokenizer, zeros)
+        quantizers = self._quantizers(tokenizer)
         figures: dict[str, Tensor] = {}
         collapsed: list[tuple[int, str]] = []
         self.fold(comm)
@@ -116,15 +134,18 @@ class Health(nn.Module):
                 continue
             found = code_statistics(counts, level)
             open_codes = quantizer.codes_in_use(level.vocab) if quantizer else level.vocab
-            facts = {"usage": found.used / open_codes, "perplexity": found.perplexity, "dead": open_codes - found.used}
+            open_codes = min(open_codes, int(self.open[i]) or open_codes)
+            used = int((counts[:open_codes] > 0).sum())
+            facts = {"usage": used / open_codes, "perplexity": found.perplexity, "dead": open_codes - used}
             drift = self._drift(i, quantizer) if quantizer else None
             facts |= {} if drift is None else {"drift": drift}
             figures |= {f"health/{name}{suffix}": torch.tensor(float(value)) for name, value in facts.items()}
             if table is None:  # judged with the first level of this codebook
                 continue
-            used, seen = int((table > 0).sum()), int(table.sum())
+            used, seen = int((table[:open_codes] > 0).sum()), int(table[:open_codes].sum())
             if used < self.config.usage * expected_codes(open_codes, seen):
                 collapsed.append((i, f"level {level.name}: {used} of {open_codes} codes used in the last {self.config.every} steps"))
+        self._remember(quantizers)
         if collapsed:
             self._act(collapsed, quantizers, reinitialize, say, left)
         return figures
@@ -164,16 +185,17 @@ class Health(nn.Module):
 
     def restore(self, tokenizer: Tokenizer) -> None:
         """After a resumption: what was applied holds again. A codebook is not set anew."""
-        signal = tokenizer.signal
-        zeros = torch.zeros(1, signal.channels, *signal.shape, device=tokenizer.device, dtype=tokenizer.dtype)
+        self.begin(tokenizer)
         if not bool(self.stage.any()):
             return
-        for quantizer, stage in zip(level_quantizers(tokenizer, zeros) or [], self.stage.tolist(), strict=True):
+        for quantizer, stage in zip(self._quantizers(tokenizer) or [], self.stage.tolist(), strict=True):
             for remedy in quantizer.remedies()[:stage]:
                 quantizer.remedy(remedy, again=True)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """The vectors of the last look have the size of the codebook, or none before the first look."""
+        """The vectors of the last look have the size of the codebook, or none before the first look. Checkpoints of older versions
+        do not know ``open``."""
+        state_dict.setdefault(f"{prefix}open", torch.zeros_like(self.open))
         for i in self.watched:
             if (saved := state_dict.get(f"{prefix}vectors_{i}")) is not None:
                 setattr(self, f"vectors_{i}", torch.zeros_like(saved, device=self.stage.device))

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from intarsia.cli import Flags, parse, run_main
-from intarsia.config import ConfigError, Place, differences
+from intarsia.config import Config, ConfigError, Place, differences
 from intarsia.hub_files import release_folder
 from intarsia.machine import env_rank
 from intarsia.meta import build_on_meta
@@ -33,6 +33,8 @@ from stage1_tokenizer.levels import prefix_rows, swapped_rows
 from stage1_tokenizer.metrics import CodeMetrics, ReconstructionMetrics, unit
 from stage1_tokenizer.objectives.base import OBJECTIVES, ObjectiveConfig
 from stage1_tokenizer.objectives.reconstruction import ReconstructionConfig
+from stage1_tokenizer.quantizers.base import Quantizer
+from stage1_tokenizer.quantizers.vq import VQConfig
 from stage1_tokenizer.tokenizers.base import TOKENIZERS, Tokenizer, TokenizerConfig
 from stage1_tokenizer.tokenizers.vqvae import VQVAEConfig
 
@@ -85,6 +87,8 @@ def train(config: TokenizerTrainConfig, flags: Flags) -> None:
             health.restore(tokenizer)
         else:
             start(run, config, tokenizer, data)
+            health.begin(tokenizer)
+        codebooks = [p for part in tokenizer.modules() if isinstance(part, Quantizer) for p in part.parameters()]
 
         for step in run.steps():
             for part in run.parts(data, step):
@@ -97,7 +101,8 @@ def train(config: TokenizerTrainConfig, flags: Flags) -> None:
                     health.count(out.likely or out.codes)
             if run.optimizer_step(tokenizer.finite()):
                 if config.train == "all":
-                    run.note(tokenizer.update(run.rng(step), run.comm))
+                    with run.following(codebooks):
+                        run.note(tokenizer.update(run.rng(step), run.comm))
                 else:
                     tokenizer.discard()
             if config.train == "all" and health.due(step, config.steps):
@@ -132,12 +137,28 @@ def check_fit(config: TokenizerTrainConfig, source: Source) -> None:
     if config.log.patience and not (config.log.validate_every and "validation" in source.splits):
         why = f"log.validate_every is {config.log.validate_every}, the splits are {', '.join(source.splits)}"
         errors.append(f"log.patience: {config.log.patience}, but nothing is validated: {why}; expected 0")
+    for path, quantizer in vector_quantizers(config.tokenizer, "tokenizer"):
+        if config.init is None and quantizer.grow and quantizer.grow[-1] >= config.steps:  # a release is grown already
+            late = f"{path}.grow: {list(quantizer.grow)}, but steps is {config.steps}"
+            errors.append(f"{late}: some of the {quantizer.codes} codes would never be in use; expected steps below {config.steps}")
     blocks = getattr(config.tokenizer, "prefix_blocks", None)
     if blocks is not None and getattr(config.objective, "prefix_weight", 1.0) == 0:
         trained = f"objective.prefix_weight: 0 trains no decoders of prefixes, tokenizer.prefix_blocks: {blocks} makes some"
         errors.append(f"{trained}; use tokenizer.prefix_blocks: null")
     if errors:
         raise ConfigError(errors)
+
+
+def vector_quantizers(config: Config, path: str) -> Iterator[tuple[str, VQConfig]]:
+    """(path, configuration) of each ``vq`` in a configuration."""
+    if isinstance(config, VQConfig):
+        yield path, config
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        inner = {f"{name}.{i}": entry for i, entry in enumerate(value)} if isinstance(value, tuple) else {name: value}
+        for place, entry in inner.items():
+            if isinstance(entry, Config):
+                yield from vector_quantizers(entry, f"{path}.{place}")
 
 
 def same_data(run: Run, source: Source) -> None:

@@ -15,11 +15,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from intarsia.cli import parse, run_main
+from intarsia.cli import UserError, parse, run_main
 from intarsia.codes import CodesDataset, CodesError
 from intarsia.config import Config, ConfigError, Place
 from intarsia.distributed import Comm, comm
-from intarsia.files import finite_or_null, json_bytes, write_atomic
+from intarsia.files import finite_or_null, json_bytes, writable_folder, write_atomic
 from intarsia.hub_files import check_source, release_folder
 from intarsia.padded import padded_batches
 from intarsia.processes import start
@@ -136,13 +136,16 @@ def check_classes(prior: Prior, data: CodesDataset) -> None:
 
 
 def out_file(config: EvaluateConfig) -> Path:
-    """Where to write. Raises ConfigError where that is not said and ``prior`` is no run folder."""
-    if config.out is not None:
-        return Path(config.out)
-    check_source("prior", config.prior)
-    if not (Path(config.prior) / "config.yaml").is_file():
-        raise ConfigError([f"out: {config.prior} is no run folder; say which file to write"])
-    return Path(config.prior) / "evaluation" / f"{config.split}.json"
+    """Where to write. Raises ConfigError where that is not said and ``prior`` is no run folder, and UserError for a folder."""
+    path = None if config.out is None else Path(config.out)
+    if path is None:
+        check_source("prior", config.prior)
+        if not (Path(config.prior) / "config.yaml").is_file():
+            raise ConfigError([f"out: {config.prior} is no run folder; say which file to write"])
+        path = Path(config.prior) / "evaluation" / f"{config.split}.json"
+    if path.is_dir():
+        raise UserError(f"out: {path} is a folder; expected a file")
+    return path
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -151,16 +154,19 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(["--max_steps, --resume: an evaluation has no steps"])
     out = out_file(config)
     device = start(config.device, config.timeout)
+    checked = flags.check or flags.dry_run
+    writable_folder(out.parent, "out", UserError, make=comm.rank == 0 and not checked)
     prior = Prior.from_pretrained(release_folder(config.prior))
     data = CodesDataset(config.codes, config.split, prior.spec)
     check_classes(prior, data)
-    if flags.check or flags.dry_run:
+    asked = [name for name, _ in modes(prior, data)]  # raises for what cannot be measured
+    if checked:
         if comm.rank == 0:
-            print(f"{prior.type_name} prior over {', '.join(level.name for level in prior.own)}: {len(data)} {config.split} samples")
+            own = ", ".join(level.name for level in prior.own)
+            print(f"{prior.type_name} prior over {own}: {len(data)} {config.split} samples, {' and '.join(asked)}")
         return
     tree = report(prior.to(device), data, config.split)
     if comm.rank == 0:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, json_bytes(finite_or_null(tree)))
         print(table(tree))
         print(f"{out} written", flush=True)

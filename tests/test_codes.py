@@ -365,7 +365,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         dump(tmp_path / "codes")
     with pytest.raises(CodesError, match="is a file"):
         dump(tmp_path / "codes/thesis.txt")
-    with pytest.raises(CodesError, match=r"out: .*thesis\.txt/codes cannot be written to: Not a directory"):
+    with pytest.raises(CodesError, match=r"out: .*thesis\.txt/codes lies below a file; expected a folder"):
         dump(tmp_path / "codes/thesis.txt/codes")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import pytest
 
 from intarsia import yaml_io
 from intarsia.cli import Flags, UserError, parse, shipped_configs
+from intarsia.config import ConfigError
 from intarsia.meta import build_on_meta
 from intarsia.specs import SignalSpec
 from pipelines import compare_quantizers as module
@@ -185,13 +187,68 @@ def test_the_best_are_chosen_by_validation_and_not_by_the_split_of_the_table(tmp
 
 def test_another_comparison_in_the_same_folder_is_refused(tmp_path: Path, faked: list[str]) -> None:
     compare(config(tmp_path / "c"), Flags())
-    with pytest.raises(UserError, match="holds a comparison with other seconds; take another folder"):
-        compare(config(tmp_path / "c", seconds=2.0), Flags())
+    for flags in (Flags(), Flags(check=True)):
+        with pytest.raises(UserError, match="holds a comparison with other seconds; take another folder"):
+            compare(config(tmp_path / "c", seconds=2.0), flags)
+    compare(config(tmp_path / "new"), Flags(check=True))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer": "fashion/vqvaes"}, "^tokenizer: --config: 'fashion/vqvaes' is neither a file nor a shipped configuration"),
+        ({"data": ("--tokenizer.net.width=3",)}, "^tokenizer: tokenizer.net.width: unknown key"),
+        ({"split": "test"}, "^split: data: no split 'test'; this source has train, validation"),
+        ({"prior": "fashion_mnist/gtp"}, "^prior: --config: 'fashion_mnist/gtp' is neither a file nor a shipped configuration"),
+        ({"prior": "fashion_mnist/gpt", "features": "nowhere"}, "^features: 'nowhere' is neither a folder nor a Hub id"),
+    ],
+)
+@pytest.mark.parametrize("flags", [Flags(), Flags(check=True)])
+def test_what_is_not_there_is_said_before_any_training_or_plan(
+    tmp_path: Path, faked: list[str], changes: dict[str, Any], message: str, flags: Flags
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compare(config(tmp_path / "c", **changes), flags)
+    assert faked == [] and not (tmp_path / "c" / "plan.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_of_out(tmp_path: Path, faked: list[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    for flags in (Flags(), Flags(check=True)):
+        with pytest.raises(UserError, match="^out: .*file/c lies below a file; expected a folder"):
+            compare(config(tmp_path / "file" / "c"), flags)
+
+
+def test_what_is_asked_of_priors_may_be_corrected_until_one_is_done(
+    tmp_path: Path, faked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = module.run_command
+
+    def broken(arguments: Sequence[str], **options: object) -> float:
+        if arguments[0] == "pipelines.evaluate":
+            raise SystemExit(2)
+        return whole(arguments, **options)
+
+    compare(config(tmp_path / "c"), Flags())
+    monkeypatch.setattr(module, "run_command", broken)
+    with pytest.raises(SystemExit):
+        compare(config(tmp_path / "c", prior="fashion_mnist/gpt", best=1), Flags())
+    monkeypatch.setattr(module, "run_command", whole)
+    faked.clear()
+    asked: dict[str, Any] = {"prior": "fashion_mnist/gpt", "prior_seconds": 60.0, "samples": 100}
+    compare(config(tmp_path / "c", best=1, **asked), Flags())
+    assert "pace one" in faked and faked[-1] == "evaluate one"
+    assert json.loads((tmp_path / "c" / "results" / "one.json").read_text())["prior_steps"] == 1200
+    compare(config(tmp_path / "c", best=2, **asked), Flags())
+    assert faked[-1] == "evaluate two"
+    with pytest.raises(UserError, match="^out: .*holds a prior of one with other prior_seconds, samples; take another folder"):
+        compare(config(tmp_path / "c", best=2, **asked | {"prior_seconds": 30.0, "samples": 50}), Flags())
 
 
 def test_commands_at_once_share_the_cores_and_print_to_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(module.os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
     program = tmp_path / "shows_threads.py"
     program.write_text("import os, sys\nprint(os.environ.get('OMP_NUM_THREADS'))\nsys.exit(int(sys.argv[1]))\n")
     monkeypatch.chdir(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,18 @@ import torch
 from intarsia.cli import UserError
 from intarsia.config import ConfigError
 from intarsia.distributed import Comm
-from stage1_tokenizer.quantizers.base import QUANTIZERS, Quantized, QuantizerConfig, straight_through
+from stage1_tokenizer.quantizers.base import QUANTIZERS, Quantized, Quantizer, QuantizerConfig, straight_through
 from stage1_tokenizer.quantizers.bsq import BSQConfig
 from stage1_tokenizer.quantizers.conformance import CHECKS, Adapter, Traits, check, nearest_code, traits_of
 from stage1_tokenizer.quantizers.conformance.__main__ import main
+from stage1_tokenizer.quantizers.conformance.report import Violation
+from stage1_tokenizer.quantizers.conformance.subject import Subject
 from stage1_tokenizer.quantizers.fsq import FSQConfig
 from stage1_tokenizer.quantizers.gumbel import GumbelConfig
 from stage1_tokenizer.quantizers.lfq import LFQConfig
 from stage1_tokenizer.quantizers.product import ProductConfig
 from stage1_tokenizer.quantizers.residual import ResidualConfig
-from stage1_tokenizer.quantizers.simvq import SimVQConfig
+from stage1_tokenizer.quantizers.simvq import SimVQ, SimVQConfig
 from stage1_tokenizer.quantizers.vq import VQ, VQConfig
 from tests.plain_faults import FAULTS
 from tests.plain_vq import BETA, GAMMA, PlainVQ
@@ -153,6 +156,156 @@ class Alone(Comm):
 def test_faults_in_the_librarys_own_class_are_seen(faulty: type[VQ], config: VQConfig, failed: tuple[str, ...]) -> None:
     report = check(lambda: faulty(config), traits=traits_of(VQ(config)), only=("nearest", "loss_terms", "gradient_of_z", "two_ranks"))
     assert set(report.failed) == set(failed), report
+
+
+class PerCode(torch.autograd.Function):
+    """table[codes]; the gradient of a code is the mean over its uses, not their sum."""
+
+    @staticmethod
+    def forward(ctx: Any, table: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(codes)
+        ctx.codes = len(table)
+        return table[codes]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (codes,) = ctx.saved_tensors
+        count = torch.bincount(codes, minlength=ctx.codes).clamp_min(1)[:, None]
+        return grads[0].new_zeros((ctx.codes, grads[0].shape[1])).index_add_(0, codes, grads[0]) / count, None
+
+
+class OwnCount(VQ):
+    """The codebook's gradient is divided by the micro-batch's own count; its loss is the paper's."""
+
+    def forward(self, z: Any, rng: Any = None, active: Any = None) -> Quantized:
+        out = super().forward(z, rng, active)
+        rows, codes = z.to(out.z.dtype).movedim(1, -1).flatten(0, -2), out.codes[0].flatten()
+        chosen = PerCode.apply(self.codebook.to(rows.dtype), codes)
+        keep = torch.ones(len(z), dtype=torch.bool) if active is None else active
+        keep = keep.repeat_interleave(len(rows) // len(z))[:, None]
+        term = ((rows.detach() - chosen).square() * keep).mean() + self.config.beta * ((rows - chosen.detach()).square() * keep).mean()
+        return Quantized(out.z, out.codes, term, out.stats)
+
+
+def test_a_codebook_gradient_that_hangs_on_the_micro_batch_is_seen_by_accumulation_and_by_two_ranks_alone() -> None:
+    config = SMALL.replace(update="gradient")
+    traits = replace(traits_of(VQ(config)), loss=None)  # the paper's loss would say so, too
+    report = check(lambda: OwnCount(config), traits=traits)
+    assert report.failed == ("accumulation",), report
+    assert "the gradient of codebook" in str(report)
+    subject = Subject("own count", lambda: OwnCount(config), traits, processes=False)
+    with pytest.raises(Violation, match="two ranks against one process: the gradient of codebook"):
+        CHECKS["two_ranks"].run(subject)
+
+
+class Autocast(SimVQ):
+    """The map of the codes is computed as the program around has it."""
+
+    def vectors(self) -> torch.Tensor:
+        return self.map(self.basis)  # type: ignore[no-any-return]
+
+
+def test_decoding_in_half_precision_under_autocast_is_seen() -> None:
+    config = SimVQConfig(codes=16, dim=4)
+    report = check(lambda: Autocast(config), traits=traits_of(SimVQ(config)), only=("half_precision", "round_trip"))
+    assert report.failed == ("half_precision",) and "decode under autocast" in str(report), report
+
+
+class Unsaved(PlainVQ):
+    """Latents are turned by a matrix that is drawn and saved nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = torch.linalg.qr(torch.randn(self.dim, self.dim))[0]
+
+    def choose(self, rows: torch.Tensor) -> torch.Tensor:
+        return super().choose(rows @ self.turn.to(rows.dtype))
+
+
+def test_tensors_in_no_state_dict_are_seen_or_for_an_instance_named() -> None:
+    assert check(Unsaved, only=("save_load",)).failed == ("save_load",)
+    report = check(Unsaved(), only=("save_load",))
+    assert report.ok and "turn: in no state dict, and copied with the instance" in str(report), report
+    assert report.outcomes[-1].check == "save_load" and not check(PlainVQ(), only=("save_load",)).outcomes[-1].note
+
+
+class NoDim(PlainVQ):
+    dim = property(lambda self: self.missing)  # type: ignore[assignment]
+
+
+class NoLevels(PlainVQ):
+    def level_specs(self, name: str, grid: tuple[int, ...]) -> Any:
+        return Quantizer.level_specs(self, name, grid)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (NoDim, r"NoDim\(\): the kit begins from dim .* and level_specs .*: AttributeError"),
+        (NoLevels, r"NoLevels\(\): the kit begins from dim .*: NotImplementedError$"),
+        (lambda: torch.nn.Linear(2, 2), "subject: a Linear; expected a Quantizer"),
+    ],
+)
+def test_what_the_kit_cannot_begin_with_is_said_clearly(made: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(made)
+
+
+class Flips(PlainVQ):
+    """As many codes as said are others where a sample is not the first of its batch."""
+
+    flips = 0
+
+    def forward(self, z: Any, rng: Any = None, active: Any = None) -> Quantized:
+        out = super().forward(z, rng, active)
+        if not self.training and len(z) == 12:
+            codes = out.codes[0].clone()
+            codes[5].view(-1)[: self.flips] += 1
+            codes %= 12
+            return Quantized(self.decode((codes,)), (codes,), out.loss)
+        return out
+
+
+def test_a_handful_of_codes_may_be_ties_where_it_is_not_known_how_they_are_chosen() -> None:
+    """Of 20,004 codes."""
+    for flips, ok in ((0, True), (3, True), (40, False)):
+        report = check(type("Some", (Flips,), {"flips": flips}), traits=Traits(), only=("neighbours",))
+        assert report.ok == ok and (f"eval mode: {flips} of 20004 codes depend on" in str(report)) == (flips > 0), report
+    report = check(type("Some", (Flips,), {"flips": 3}), traits=TRAITS, only=("neighbours",))
+    assert report.failed == ("neighbours",), "another code is farther, as is known of this one"
+
+
+def residual_with_dropout(**options: Any) -> Adapter:
+    class Layer(torch.nn.Module):
+        """Two tables; in training each other sample leaves out the second."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("tables", torch.randn(2, 16, 4))
+
+        def lookup(self, codes: Any) -> torch.Tensor:
+            parts = [torch.where((c >= 0)[..., None], t[c.clamp_min(0)], 0.0) for c, t in zip(codes, self.tables, strict=True)]
+            return parts[0] + parts[1]
+
+    def quantize(layer: Any, z: torch.Tensor) -> Any:
+        left, codes = z.detach(), []
+        for i, table in enumerate(layer.tables):
+            found = torch.cdist(left.double(), table.double()).argmin(-1)
+            if i and layer.training:
+                found[::2] = -1
+            codes.append(found)
+            left = left - layer.lookup((found, torch.full_like(found, -1)))
+        z_q = layer.lookup(codes).to(z.dtype)
+        return z_q, tuple(codes), (z - z_q).square().mean()
+
+    return Adapter(Layer(), 4, (16, 16), quantize, lambda layer, codes: layer.lookup(codes), **options)
+
+
+def test_a_residual_layer_that_leaves_out_stages_is_judged_by_its_depth_or_says_that_it_cannot_be() -> None:
+    report = check(lambda: residual_with_dropout(dropout=True), only=("round_trip", "prefixes"))
+    assert report.ok and not report.skipped, report
+    report = check(residual_with_dropout, only=("shapes",))
+    assert report.failed == ("shapes",) and "wants Adapter(dropout=True)" in str(report)
 
 
 class Backwards(ResidualConfig.registry.get("residual")):  # type: ignore[misc, union-attr]

@@ -158,7 +158,8 @@ def facts(**changes: object) -> LevelFacts:
     healthy = {"seen": 10**5, "used": 512, "table_used": 512}
     healthy |= {"perplexity": 350.0, "entropy_bits": 8.4, "position_bits": (4.0, 7.0, 8.0), "variance": 1.0, "error": 0.1}
     healthy |= {"dim": 8, "advice": {**Quantizer.advice, "swap": "fewer levels"}}
-    return LevelFacts(**({"name": "codes", "vocab": 512, "positions": 49, "twins": 0, "swap_cost": 12.0} | healthy | changes))  # type: ignore[arg-type]
+    healthy |= {"vocab": 512, "in_use": 512}
+    return LevelFacts(**({"name": "codes", "positions": 49, "twins": 0, "swap_cost": 12.0} | healthy | changes))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS.names())
@@ -166,6 +167,11 @@ def test_advice_names_only_settings_that_its_quantiser_has(kind: str) -> None:
     known = set(QUANTIZERS.config(kind).model_fields)
     named = {word for text in QUANTIZERS.get(kind).advice.values() for word in re.findall(r"(\w+):", text)}
     assert named <= known, f"{sorted(named - known)} is no setting of {kind}"
+
+
+def test_of_a_growing_codebook_the_codes_in_use_are_what_is_judged() -> None:
+    few = examined(build(TOKENIZER.replace(quantizer=VQConfig(codes=256, dim=4, init="normal", grow=(50, 60, 70, 80, 90, 95)))))
+    assert (few.levels[0].vocab, few.levels[0].in_use) == (256, 4) and "collapse" not in whats(few)
 
 
 def test_a_healthy_level_has_no_findings() -> None:

@@ -119,3 +119,26 @@ def test_a_code_that_was_never_seen_costs_more_the_fewer_codes_were_seen():
     p = (10 + (10 + 1 / 8) / 11) / 11, (0 + (0 + 1 / 8) / 11) / 11
     bits = baseline.bits([torch.tensor([[0], [5]])])[0].flatten().tolist()
     assert bits == pytest.approx([-math.log2(p[0]), -math.log2(p[1])])
+
+
+def test_bits_need_no_table_of_the_vocabulary_and_equal_those_of_one():
+    g = torch.Generator().manual_seed(3)
+    train, held = torch.randint(0, 6, (40, 3), generator=g), torch.randint(0, 8, (25, 3), generator=g)
+    labels, label = torch.randint(0, 3, (40,), generator=g), torch.randint(0, 4, (25,), generator=g)
+    found = IndependentCodes([LevelSpec("codes", 8, (3,))], [train], labels, 4).bits([held], label)[0]
+
+    def smoothed(rows: torch.Tensor, code: int, wider: float) -> float:
+        counts = torch.bincount(rows, minlength=8)
+        total, distinct = int(counts.sum()), int((counts > 0).sum())
+        return (int(counts[code]) + distinct * wider) / (total + distinct) if total else wider
+
+    for i in range(25):
+        for j in range(3):
+            p = smoothed(train[:, j], int(held[i, j]), 1 / 8)
+            p = smoothed(train[labels == label[i], j], int(held[i, j]), p)
+            assert found[i, j].item() == pytest.approx(-math.log2(p), rel=1e-12)
+    huge = LevelSpec("codes", 2**40, (1,))  # a table would take 8 TB
+    bits = IndependentCodes([huge], [torch.tensor([[2**40 - 1], [5]])], torch.tensor([0, 1]), 2).bits(
+        [torch.tensor([[2**40 - 1], [7]])], torch.tensor([0, 0])
+    )[0]
+    assert bits[0] < 2 < 38 < bits[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,64 @@ def test_pipelines_that_do_not_compare_are_refused(pair: dict[str, TwoStagePipel
         named("reference,one")
 
 
+@pytest.fixture
+def saved(tmp_path: Path, monkeypatch: Any, pair: dict[str, TwoStagePipeline]) -> Path:
+    """The pair, one without labels, one whose classes were never seen and one without a null, in folders; nothing may be drawn."""
+    monkeypatch.chdir(tmp_path)
+    unseen = tiny.pipeline("gpt", micro_batch=16)
+    spec = dataclasses.replace(unseen.priors[0].spec, class_counts=(0, 0, 0, 0))
+    pipelines = pair | {"plain": tiny.pipeline("gpt", labelled=False)}
+    pipelines["unseen"] = TwoStagePipeline(unseen.tokenizer, [tiny.prior("gpt", spec)])
+    pipelines["sure"] = TwoStagePipeline(unseen.tokenizer, [tiny.prior("gpt", unseen.priors[0].spec, cond_dropout=0.0)])
+    for name, pipeline in pipelines.items():
+        pipeline.save_pretrained(name)
+    Path("file").write_text("mine")
+    for module in (script, guidance):
+        monkeypatch.setattr(module.SOURCES, "build", lambda config: Blobs())
+        monkeypatch.setattr(module, "load_features", lambda *a: feature_model())
+        monkeypatch.setattr(module, "measure_samples", lambda *a, **k: pytest.fail("samples were drawn"))
+        monkeypatch.setattr(module, "measure_reference", lambda *a, **k: pytest.fail("images were measured"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("flag", [[], ["--check"]])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--pipelines", "one,plain"], "^pipelines: some take labels and some do not"),
+        (["--pipelines", "one,unseen", "--balanced", "false"], "^label: the training frequencies of the classes are all 0"),
+        (["--pipelines", "one,two", "--k", "40"], "^k: 40; expected fewer than"),
+        (["--pipelines", "one,two", "--reference", "test"], "test"),
+        (["--pipelines", "one,two", "--out", "file"], "^out: file is a file; expected a folder"),
+    ],
+)
+def test_compare_says_what_it_refuses_before_any_draw_and_under_check(saved: Path, words: list[str], message: str, flag: list[str]) -> None:
+    with pytest.raises((ValueError, KeyError, UserError), match=message):
+        script.main(["--n", "40", "--k", "2", "--device", "cpu", *words, *flag])
+
+
+@pytest.mark.parametrize("flag", [[], ["--check"]])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--pipeline", "plain"], "^guidance: no prior of this pipeline takes labels"),
+        (["--pipeline", "sure"], "^guidance: 1.5; this prior was trained with cond_dropout 0"),
+        (["--pipeline", "one", "--top_k", "99"], "^top_k: 99; expected at most the vocabulary"),
+        (["--pipeline", "one", "--k", "40"], "^k: 40; expected fewer than"),
+        (["--pipeline", "one", "--n", "4000", "--balanced", "true", "--reference", "test"], "test"),
+        (["--pipeline", "one", "--out", "done"], "^out: done/guidance.json was measured with another pipeline, "),
+        (["--pipeline", "one", "--out", "file/x"], "^out: file/x lies below a file; expected a folder"),
+    ],
+)
+def test_guidance_says_what_it_refuses_before_any_draw_and_under_check(
+    saved: Path, words: list[str], message: str, flag: list[str]
+) -> None:
+    Path("done").mkdir()
+    Path("done/guidance.json").write_text('{"points": []}')
+    with pytest.raises((ValueError, KeyError, UserError), match=message):
+        guidance.main(["--n", "40", "--k", "2", "--device", "cpu", *words, *flag])
+
+
 def test_an_option_that_one_pipeline_lacks_is_refused_before_any_draw(pair: dict[str, TwoStagePipeline], monkeypatch: Any) -> None:
     monkeypatch.setattr(script, "measure_samples", lambda *a, **k: pytest.fail("samples were drawn"))
     config = CompareConfig(pipelines="two,one", sampling=SamplingConfig(steps=2), **SMALL)
@@ -237,6 +296,14 @@ def test_a_table_has_a_row_per_pipeline_and_marks_bounds(evaluations: Path, caps
     assert second["recall"] == f"{tree['samples']['precision_recall']['samples']['recall']['value']:.3f}"
     train = tree["data"]["splits"]["train"]["sha256"][:8]
     assert f"features: tiny 0000; n: 60; reference: 60 train {train}; classes: balanced; k: 3; split: validation" in note
+
+
+def test_a_table_names_the_grids_that_the_priors_model(evaluations: Path) -> None:
+    tree = json.loads((evaluations / "two" / "evaluation.json").read_text())
+    tree["pipeline"]["priors"].pop()
+    (evaluations / "top").mkdir()
+    (evaluations / "top" / "evaluation.json").write_text(json.dumps(tree))
+    assert read_row(str(evaluations / "top")).cells["tokenizer"] == "ladder, 2x2 of 5"
 
 
 def test_the_printed_figures_of_one_pipeline_mark_bounds(evaluations: Path) -> None:

@@ -152,9 +152,9 @@ def test_check_and_dry_run_train_nothing(tmp_path, monkeypatch, capsys, flag):
 def test_where_it_cannot_be_written_is_said_before_the_training(tmp_path, monkeypatch):
     monkeypatch.setattr(train_features, "train", lambda *args: pytest.fail("trained"))
     (tmp_path / "file").write_text("mine")
-    for out in ("file", "file/below"):
+    for out, what in (("file", "is"), ("file/below", "lies below")):
         monkeypatch.setattr("sys.argv", ["train_features", "--name", "new", "--out", str(tmp_path / out)])
-        with pytest.raises(UserError, match=f"^out: {tmp_path / out} is a file, or lies below one; expected a folder"):
+        with pytest.raises(UserError, match=f"^out: {tmp_path / out} {what} a file; expected a folder"):
             train_features.main()
     assert (tmp_path / "file").read_text() == "mine"
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -224,6 +224,23 @@ def test_two_levels_and_two_priors_add_up(evaluated):
     assert found.tree["samples"]["counts"]["reference"] == 40
 
 
+def test_of_leading_levels_reconstructions_are_of_those_as_samples_are():
+    both = tiny.pipeline("ladder", micro_batch=16)
+    top, source = tiny.TwoStagePipeline(both.tokenizer, both.priors[:1], micro_batch=16), Blobs()
+    found = evaluate_pipeline(top, source, feature_model(), config())
+    x = source.split("validation").batch(torch.arange(40))["x"]
+    y = unit(top.tokenizer.decode(top.tokenizer.encode(x)[:1]))
+    assert found.tree["reconstruction"]["psnr"] == pytest.approx(psnr(unit(x), y).mean().item(), abs=1e-9)
+    assert found.tree["reconstruction"]["levels"] == ["top"] and "images from top alone: PSNR" in table(found.tree)
+    near = torch.cdist(y.flatten(1).double(), unit(source.split("train").batch(torch.arange(120))["x"]).flatten(1).double()).min(1).values
+    assert found.tree["memorisation"]["pixels"]["quantiles"]["0.5"]["reconstructions"] == pytest.approx(near.quantile(0.5).item(), rel=1e-4)
+
+
+def test_balance_without_labels_is_refused():
+    with pytest.raises(ConfigError, match="^balanced: True, but no prior of the pipeline takes labels"):
+        evaluate_pipeline(tiny.pipeline("gpt", labelled=False), Blobs(), feature_model(), config(balanced=True))
+
+
 def test_unlabelled_data_and_a_prior_without_labels_leave_out_agreement():
     pipeline = tiny.pipeline("gpt", labelled=False, micro_batch=16)
     found = evaluate_pipeline(pipeline, Blobs(labelled=False), feature_model(), config())

@@ -37,6 +37,8 @@ def test_samples_are_drawn_with_a_row_per_class_where_each_has_one(tmp_path, mon
         (["--n", "100", "--reference", "validation", "--balanced", "true", "--k", "3"], None),
         (["--n", "30", "--top_k", "99", "--k", "3"], "^top_k: 99; expected at most the vocabulary"),
         (["--n", "30", "--split", "test"], "test"),
+        (["--n", "30", "--split", "train"], "^split: .*'validation' or 'test'"),
+        (["--n", "30", "--k", "3", "--out", "/dev/null/x"], "^out: /dev/null/x lies below a file; expected a folder"),
     ],
 )
 def test_check_says_what_the_work_would_stumble_over(tmp_path, monkeypatch, words, message):
@@ -47,7 +49,7 @@ def test_check_says_what_the_work_would_stumble_over(tmp_path, monkeypatch, word
     if message is None:
         main(words)
     else:
-        with pytest.raises((ConfigError, ValueError), match=message):
+        with pytest.raises((ConfigError, ValueError, UserError), match=message):
             main(words)
     assert not (tmp_path / "out").exists()
 

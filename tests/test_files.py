@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from intarsia.files import DiskFullError, atomic, json_bytes, read_json, write_atomic
+from intarsia.files import DiskFullError, atomic, json_bytes, read_json, writable_folder, write_atomic
 from intarsia.tensor_files import save_tensors
 
 
@@ -85,3 +85,26 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert found == tree and list(found) == ["b", "a"]
     with pytest.raises(ValueError, match="nan"):
         json_bytes({"a": float("nan")})
+
+
+@pytest.mark.parametrize("make", [True, False])
+def test_a_folder_that_cannot_be_written_to_is_refused_with_its_argument_and_nothing_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: bool
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path) and access(path, mode))  # root may write anywhere
+    cases = {
+        "file": "is a file; expected a folder",
+        "file/a/b": "lies below a file; expected a folder",
+        "link": "is a file; expected a folder",
+        "locked/a": "cannot be written to: Permission denied",
+        "n" * 300: "cannot be written to: File name too long",
+    }
+    for name, message in cases.items():
+        with pytest.raises(KeyError, match=f"out: {tmp_path / name} {message}"):
+            writable_folder(tmp_path / name, "out", KeyError, make=make)
+    assert writable_folder(str(tmp_path / "new/deep"), "out", KeyError, make=make) == tmp_path / "new/deep"
+    assert (tmp_path / "new").exists() is make and sorted(os.listdir(tmp_path))[:3] == ["file", "link", "locked"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,43 @@ def test_of_a_growing_codebook_only_the_codes_in_use_are_counted() -> None:
     health.count([torch.tensor([[[0, 1], [2, 2]]] * 5)])
     figures = health.look(model, comm, never, said.append, left=500)
     assert figures["health/usage"] == 3 / 4 and figures["health/dead"] == 1 and not said
+
+
+def grown_within_a_window(health_of: Callable[[VQVAE], Health], after: str) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """4 codes at first, of which ``after`` are in use, then 8, of which a batch uses the first 4 and one new one."""
+    model, said = tokenizer(VQConfig(codes=8, dim=4, init="normal", grow=(1,))), []
+    health = health_of(model)
+    health.count([torch.tensor([[[int(c) for c in after]] * 9])])
+    model.quantizer.used.fill_(8)  # type: ignore[union-attr, operator]
+    health.count([torch.tensor([[[0, 5]]])])
+    return health.look(model, comm, never, said.append, left=500), said
+
+
+def test_a_codebook_that_grows_within_a_window_is_judged_by_the_codes_that_were_there_all_the_time() -> None:
+    def begun(model: VQVAE) -> Health:
+        health = Health(HealthConfig(usage=0.75), model)
+        health.begin(model)
+        return health
+
+    figures, said = grown_within_a_window(begun, "0123")
+    assert figures["health/usage"] == 1 and figures["health/dead"] == 0 and not said
+    figures, said = grown_within_a_window(begun, "01")
+    assert figures["health/usage"] == 0.5 and figures["health/dead"] == 2 and "2 of 4 codes" in said[0]
+
+
+def test_the_codes_that_were_there_are_part_of_checkpoints_and_older_ones_load() -> None:
+    def loaded(model: VQVAE, known: bool) -> Health:
+        before, after = (Health(HealthConfig(usage=0.75), model) for _ in range(2))
+        before.begin(model)
+        after.load_state_dict({name: t for name, t in before.state_dict().items() if known or name != "open"})
+        assert after.open.tolist() == [4 if known else 0]
+        if not known:
+            after.restore(model)
+        return after
+
+    for known in (True, False):
+        figures, said = grown_within_a_window(lambda model, known=known: loaded(model, known), "0123")  # type: ignore[misc]
+        assert figures["health/usage"] == 1 and not said
 
 
 def test_collapse_stop_ends_the_run_naming_it() -> None:

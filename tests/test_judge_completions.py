@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from intarsia.cli import UserError
 from pipelines import judge_completions
 from pipelines.evaluation.baseline import IndependentCodes
 from pipelines.judge_completions import JudgeConfig, main, measure_completions, part_mask
@@ -39,9 +40,10 @@ def test_the_figures_are_those_of_plain_code(kind: str) -> None:
     baseline = IndependentCodes(pipeline.spec.levels, pipeline.encode(unit(train["x"])), train["label"], 4)
     marginal = baseline.sample(torch.arange(30), held["label"], 3)
     independent = [torch.where(k, c, m) for k, c, m in zip(keep, told, marginal, strict=True)]
+    real = [torch.where(k, t, c) for k, t, c in zip(keep, told, codes, strict=True)]
     bits = {
         name: judge.nll(found, held["label"]).mean().item() / math.log(2) / drawn
-        for name, found in (("real", codes), ("completed", completed), ("independent", independent))
+        for name, found in (("real", real), ("completed", completed), ("independent", independent))
     }
     found = tree["bits_per_drawn_code"]
     assert tree["drawn_codes"] == drawn and tree["images"] == 30 and bits["completed"] != bits["independent"]
@@ -74,7 +76,8 @@ def test_halves_make_a_whole_and_the_centre_has_a_border(shape: tuple[int, int])
     assert torch.equal(centre, centre.flip(0, 1))
 
 
-def test_what_cannot_be_judged_or_completed_is_refused() -> None:
+def test_what_cannot_be_judged_or_completed_is_refused(monkeypatch: Any) -> None:
+    monkeypatch.setattr(judge_completions, "encoded", lambda *a: pytest.fail("images were encoded"))
     one, source, few = tiny.pipeline("gpt"), Blobs(), JudgeConfig(part="right", n=4, bootstrap=2)
     with pytest.raises(ValueError, match="^part: the gpt prior of codes cannot complete it"):
         measure_completions(one, one, source, few)
@@ -89,6 +92,28 @@ def test_a_judge_of_other_levels_is_refused(ladders: None) -> None:
     for pipeline, judge, said in ((both, top, "model 1 level.s. of codes; those of the pipeline 2"), (top, both, "model 2 level.s.")):
         with pytest.raises(ValueError, match=f"^judge: its priors {said}"):
             measure_completions(pipeline, judge, Blobs(), JudgeConfig(part="right", n=4, bootstrap=2))
+
+
+@pytest.mark.parametrize("flag", [[], ["--check"]])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--split", "test"], "test"),
+        (["--part", "right"], "^part: the pixelcnn prior of codes cannot complete it"),
+        (["--steps", "3"], "^steps: no prior of this pipeline has such a sampling option"),
+        (["--out", "file/below"], "^out: file/below lies below a file"),
+    ],
+)
+def test_check_says_what_the_run_refuses_before_an_image_is_encoded(
+    tmp_path: Path, monkeypatch: Any, words: list[str], message: str, flag: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    tiny.pipeline("pixelcnn", micro_batch=16).save_pretrained("one")
+    monkeypatch.setattr(judge_completions.SOURCES, "build", lambda config: Blobs())
+    monkeypatch.setattr(judge_completions, "encoded", lambda *a: pytest.fail("images were encoded"))
+    with pytest.raises((ValueError, KeyError, UserError), match=message):
+        main(["--pipeline", "one", "--judge", "one", "--device", "cpu", "--out", "new", *words, *flag])
 
 
 def test_the_command_writes_figures_and_a_picture(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

@@ -14,9 +14,12 @@ from intarsia.config import ConfigError
 from intarsia.distributed import comm
 from intarsia.rng import StepRng
 from intarsia.specs import LevelSpec
+from stage1_tokenizer.quantizers import search
 from stage1_tokenizer.quantizers.base import QUANTIZERS
 from stage1_tokenizer.quantizers.bsq import BSQ, BSQConfig
+from stage1_tokenizer.quantizers.entropy import bits_mean_entropy, joint
 from stage1_tokenizer.quantizers.lfq import LFQ, LFQConfig, SignConfig, SignQuantizer
+from tests.test_search import Largest
 
 KINDS = [LFQConfig, BSQConfig]
 
@@ -157,6 +160,63 @@ def test_the_entropy_term_brings_collapsed_latents_to_all_codes(kind: type[SignC
 def test_impossible_settings_are_refused(kind: type[SignConfig], change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         kind.from_dict(change)
+
+
+def dense_mean_term(logits: Tensor, shares: list[Tensor], groups: list[slice], active: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """All 2^g probabilities of every position, by torch's own gradient."""
+    total, sums = logits.new_zeros(()), []
+    for group, share in zip(groups, shares, strict=True):
+        p = joint(torch.sigmoid(logits[..., group]))
+        keep = torch.ones(len(logits), dtype=torch.bool) if active is None else active
+        p = p * keep.view(-1, *[1] * (p.ndim - 1))
+        total = total + (p @ share.log()).mean()
+        sums.append(p.detach().flatten(0, -2).sum(0))
+    return total, sums
+
+
+@pytest.mark.parametrize("some", [False, True])
+@pytest.mark.parametrize("group", [1, 4, 7])
+def test_the_mean_term_in_tiles_has_value_gradient_and_sums_of_the_dense_one(monkeypatch, group: int, some: bool) -> None:
+    monkeypatch.setitem(search._TILE_FLOATS, "cpu", 64)
+    draw = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(4, 5, 2, 7, generator=draw, dtype=torch.float64)).requires_grad_()
+    groups = [slice(start, min(start + group, 7)) for start in range(0, 7, group)]
+    shares = [torch.rand(1 << (g.stop - g.start), generator=draw, dtype=torch.float64) + 0.1 for g in groups]
+    active = torch.tensor([True, False, True, True]) if some else None
+    found, sums = bits_mean_entropy(logits, shares, groups, torch.tensor(True), active)
+    expected, dense = dense_mean_term(logits, shares, groups, active)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for a, b in zip(sums, dense, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    (grad,), (wanted,) = (torch.autograd.grad(3 * term, logits) for term in (found, expected))
+    torch.testing.assert_close(grad, wanted, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_of_the_size_of_positions_times_codes_is_made_or_kept(kind: type[SignConfig]) -> None:
+    n, bits = 2048, 9
+    kept: list[int] = []
+    q = QUANTIZERS.build(kind(bits=bits))
+    z = torch.randn(8, bits, n // 8, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t), Largest() as largest:
+        q(z, rng(0, 8)).loss.backward()
+    assert max(kept) <= n * bits and largest.elements <= n * 2 ** ((bits + 1) // 2) < n * 2**bits // 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_eval_mode_the_entropy_term_is_left_out(kind: type[SignConfig]) -> None:
+    q = built(kind(bits=5)).eval()
+    out = q(torch.randn(2, 5, 4, dtype=torch.float64))
+    assert set(out.stats) == {"quantization_error"}
+    torch.testing.assert_close(out.loss, q.config.beta * out.stats["quantization_error"])
+
+
+def test_a_batch_with_a_nan_adds_nothing_to_the_running_mean_even_where_it_is_not_active() -> None:
+    q = built(LFQConfig(bits=3))
+    z = torch.randn(2, 3, 4, dtype=torch.float64)
+    z[1, 0, 0] = float("nan")
+    q(z, rng(0, 2), active=torch.tensor([True, False]))
+    assert not q.finite() and q._pending["positions"] == 0 and not q._pending["usage"].any()
 
 
 def test_the_largest_vocabulary_has_the_largest_code() -> None:

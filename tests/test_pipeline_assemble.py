@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from intarsia.cli import UserError
 from pipelines import TwoStagePipeline, assemble
 from tests import tiny_pipelines as tiny
 
@@ -51,3 +52,14 @@ def test_assembling_keeps_a_micro_batch_and_takes_a_path_with_a_comma(ladder: Tw
     assemble.main([*words, str(tmp_path / "small"), "--micro_batch", "4"])
     sizes = {name: TwoStagePipeline.from_pretrained(tmp_path / name).micro_batch for name in ("plain", "small")}
     assert sizes == {"plain": 32, "small": 4}
+
+
+@pytest.mark.parametrize("flag", [[], ["--check"]])
+def test_a_place_that_will_not_be_written_to_is_said_before_the_parts_are_read(tmp_path: Path, flag: list[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "release" / "tokenizer").mkdir(parents=True)
+    words = ["--tokenizer", "nowhere", "--priors", "nowhere", "--out"]
+    for out, message in (("file", "is a file"), ("file/x", "lies below a file"), ("release", "holds 'tokenizer', but no pipeline.json")):
+        with pytest.raises(UserError, match=f"^out: {tmp_path / out}:? {message}"):
+            assemble.main([*words, str(tmp_path / out), *flag])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "release"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from intarsia.specs import SignalSpec
 from pipelines import TwoStagePipeline
-from pipelines.masks import generated_share, kept_cells
+from pipelines.masks import filled, generated_share, kept_cells
 from stage1_tokenizer.quantizers.residual import ResidualConfig
 from stage1_tokenizer.quantizers.vq import VQConfig
 from stage1_tokenizer.tokenizers.vqvae import VQVAE
@@ -65,7 +65,7 @@ def test_a_cell_is_generated_if_its_patch_touches_the_mask(sizes: tuple[int, ...
 @pytest.mark.parametrize("kind", PARALLEL)
 def test_known_codes_stay_exactly_and_the_others_are_drawn(pipelines: dict[str, TwoStagePipeline], kind: str) -> None:
     pipeline, x, mask = pipelines[kind], images(12), spots(12)
-    codes = pipeline.encode(x)
+    codes = pipeline.encode(filled(x, mask))
     keep = [kept_cells(mask, level.shape) for level in pipeline.spec.levels]
     drawn = pipeline.complete_codes(codes, keep, n=3, label="bag", seed=0)
     changed = 0
@@ -86,7 +86,7 @@ def test_autoregressive_priors_complete_a_raster_prefix(kind: str) -> None:
         with pytest.raises(ValueError, match=r"mask: the gpt prior of top, bottom cannot complete it: .*sample 0 is no prefix"):
             pipeline.complete(x, below(5), label=0, seed=0)
         return
-    codes, found = pipeline.encode(x), pipeline.complete(x, below(5), label=0, seed=0)
+    codes, found = pipeline.encode(filled(x, below(5))), pipeline.complete(x, below(5), label=0, seed=0)
     drawn = pipeline.complete_codes(codes, [kept_cells(below(5), level.shape) for level in pipeline.spec.levels], label=0, seed=0)
     assert torch.equal(found, pipeline.decode(drawn))
     for code, made in zip(codes, drawn, strict=True):
@@ -101,6 +101,24 @@ def test_an_empty_mask_is_the_reconstruction_and_a_full_one_a_sample() -> None:
     assert torch.equal(pipeline.complete(x, none, label=label, seed=3), pipeline.reconstruct(x))
     assert torch.equal(pipeline.complete(x, full, label=label, seed=3), pipeline.sample(4, label=label, seed=3))
     assert torch.equal(pipeline.variations(x, 0, label=label, seed=3), pipeline.sample(4, label=label, seed=3))
+
+
+@pytest.mark.parametrize("kind", ["maskgit", "parallel"])
+def test_nothing_of_what_is_hidden_reaches_a_completion(pipelines: dict[str, TwoStagePipeline], kind: str) -> None:
+    """The encoder of the first sees across the border of a mask, and one row is hidden as a whole."""
+    pipeline, x, mask = pipelines[kind], images(6), spots(6)
+    mask[0] = True
+    other = torch.where(mask, 1 - x, x)
+    assert any(not torch.equal(a, b) for a, b in zip(pipeline.encode(x), pipeline.encode(other), strict=True))
+    for method in (pipeline.complete, pipeline.inpaint):
+        assert torch.equal(method(x, mask, label=0, seed=0), method(other, mask, label=0, seed=0))
+
+
+def test_a_prefix_of_levels_reconstructs_and_completes_from_those_alone(pipelines: dict[str, TwoStagePipeline]) -> None:
+    both = pipelines["parallel"]
+    top, x = TwoStagePipeline(both.tokenizer, both.priors[:1]), images(4)
+    assert torch.equal(top.reconstruct(x), both.decode(both.encode(x)[:1])) and not torch.equal(top.reconstruct(x), both.reconstruct(x))
+    assert torch.equal(top.complete(x, torch.zeros(4, 1, 8, 8, dtype=torch.bool), label=0), top.reconstruct(x))
 
 
 def test_what_is_drawn_depends_on_what_is_known(pipelines: dict[str, TwoStagePipeline]) -> None:
@@ -238,6 +256,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("outpaint", {"margins": [(0, 4)]}, r"margins: \[\(0, 4\)\]; expected \(before, after\) for each of the 2 axes"),
     ("outpaint", {"margins": [(0, 4), (0, 0)]}, r"margins: .* make \(12, 8\) of \(8, 8\); the priors were trained for \(8, 8\)"),
     ("outpaint", {"margins": [(0, -4), (0, 0)]}, r"margins\[0\]: -4; expected a whole number of at least 0"),
+    ("outpaint", {"x": torch.ones(2, 1, 4, 8, dtype=torch.uint8), "margins": [(0, 4), (0, 0)]}, "^x: dtype torch.uint8; expected floating"),
+    ("variations", {"x": torch.rand(0, 1, 8, 8), "redraw": 0}, "^x: shape .*expected at least one signal"),
     ("variations", {"redraw": "middle"}, "redraw: unknown level 'middle'; the levels are top, bottom"),
     ("variations", {"redraw": 2}, "redraw: 2; expected a whole number of at least 0 and at most 1"),
 ]
@@ -291,6 +311,18 @@ def test_codes_that_are_no_tensors_are_refused_by_name(pipelines: dict[str, TwoS
         pipeline.complete_codes(codes, [keep[0], wrong])
     with pytest.raises(ValueError, match="^codes: a Tensor; expected one torch tensor for each level, in a list"):
         pipeline.decode(codes[0])
+
+
+def test_what_cannot_be_completed_can_be_asked_before_there_are_codes(ladders: None) -> None:
+    pipeline = tiny.pipeline("gpt")
+    keep = [kept_cells(spots(2), level.shape) for level in pipeline.spec.levels]
+    with pytest.raises(ValueError, match="^keep: the gpt prior of codes cannot complete it"):
+        pipeline.check_completion(keep, label=0)
+    keep = [kept_cells(below(2), level.shape) for level in pipeline.spec.levels]
+    with pytest.raises(ValueError, match="^steps: no prior of this pipeline has such a sampling option"):
+        pipeline.check_completion(keep, label=0, steps=3)
+    pipeline.check_completion(keep, label=0)
+    assert pipeline.last_seed is None
 
 
 def test_codes_and_masks_of_other_levels_are_refused(pipelines: dict[str, TwoStagePipeline]) -> None:

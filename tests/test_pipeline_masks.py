@@ -27,8 +27,13 @@ def test_what_is_hidden_is_filled_with_the_nearest_known_along_an_axis(shape: tu
         ]
         near = [x[(2 + row, slice(None), *at)] for distance, at in known if distance == min(known)[0]]
         assert not known or any(torch.equal(y[(2 + row, slice(None), *place[1:])], value) for value in near)
-    with pytest.raises(ValueError, match="^mask: row 0 leaves nothing known"):
-        filled(x, torch.ones_like(mask))
+
+
+def test_a_row_of_which_nothing_is_known_stays_as_it_is() -> None:
+    x, mask = torch.rand(2, 1, 4, 4), torch.ones(2, 1, 4, 4, dtype=torch.bool)
+    mask[1, :, :, 0] = False
+    y = filled(x, mask)
+    assert torch.equal(y[0], x[0]) and torch.equal(y[1], x[1, :, :, :1].expand(-1, -1, 4)) and bool(mask[0].all())
 
 
 def test_beside_a_straight_border_that_is_what_outpainting_starts_from() -> None:

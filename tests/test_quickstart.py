@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from intarsia.cli import UserError, parse
+from intarsia.config import ConfigError
 from pipelines import TwoStagePipeline
 from pipelines import quickstart as module
 from pipelines.evaluate import EvaluateConfig
@@ -74,6 +75,25 @@ def test_the_commands_are_shown_and_nothing_is_run(tmp_path: Path, flag: str, ca
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="--resume"):
         module.quickstart(*parse(QuickstartConfig, ["--run", str(tmp_path / "run"), "--resume", "x"]))
+
+
+@pytest.mark.parametrize("flag", [[], ["--check"]])
+@pytest.mark.parametrize("name", ["tokenizer", "prior"])
+def test_a_configuration_that_is_not_there_is_said_before_any_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: list[str], name: str
+) -> None:
+    monkeypatch.setattr(module, "run_stage", lambda *a: pytest.fail("a stage ran"))
+    with pytest.raises(ConfigError, match=f"^{name}: .*nowhere"):
+        module.quickstart(*parse(QuickstartConfig, ["--run", str(tmp_path / "run"), f"--{name}", "nowhere", *flag]))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag", [[], ["--check"]])
+def test_a_run_that_cannot_be_written_to_is_said_before_any_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: list[str]) -> None:
+    monkeypatch.setattr(module, "run_stage", lambda *a: pytest.fail("a stage ran"))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="^run: .*file is a file; expected a folder"):
+        module.quickstart(*parse(QuickstartConfig, ["--run", str(tmp_path / "file"), *flag]))
 
 
 def test_samples_are_compared_with_the_data_of_the_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

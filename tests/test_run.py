@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -659,7 +660,7 @@ def test_b3_folders_that_cannot_be_used_are_refused_by_name(tmp_path, monkeypatc
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(machine.tempfile, "TemporaryFile", refuse)  # root may write anywhere
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)  # root may write anywhere
     with pytest.raises(UserError, match="run: .*locked cannot be written to: Permission denied"):
         Run(config(tmp_path / "locked"), kind="toy")
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -107,6 +109,18 @@ def test_check_looks_at_everything_and_writes_nothing(folder: Path, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_check_compares_with_the_plan_that_is_there_and_one_rank_tells(folder: Path, monkeypatch: Any, capsys: Any) -> None:
+    words = ["--pipeline", str(folder), "--n", "2", "--seed", "1", "--out", "set"]
+    sample.main(words)
+    sample.main([*words, "--check"])
+    with pytest.raises(sample.UserError, match=r"^out: set/plan.json is the plan of other samples: n 2 there, 3 now"):
+        sample.main([*words, "--n", "3", "--check"])
+    capsys.readouterr()
+    monkeypatch.setattr(sample, "comm", SimpleNamespace(rank=1))
+    sample.main([*words, "--check"])
+    assert capsys.readouterr().out == ""
+
+
 def test_a_batch_below_the_micro_batch_is_told_that_it_saves_no_memory(folder: Path, capsys: Any) -> None:
     for size, told in (("7", True), ("8", False)):
         sample.main(["--pipeline", str(folder), "--n", "2", "--batch_size", size, "--check"])
@@ -144,8 +158,12 @@ def files(folder: Path) -> None:
         ),
         (["--out", "file"], "out: file is a file; expected a new or empty folder"),
         (["--out", "dir.png"], "out: dir.png is a folder"),
-        (["--out", "file/x.png"], "is a file; file/x.png cannot be written"),
+        (["--out", "file/x.png"], "out: file is a file; expected a folder"),
         (["--device", "gpu"], "device: 'gpu' cannot be used: "),
+        (["--columns", "3", "--out", "new"], "columns: new is a folder; only a grid has it"),
+        (["--columns", "3", "--out", "x.npz"], "columns: x.npz is a file of arrays; only a grid has it"),
+        (["--format", "png"], "format: grid.png is a grid; only a folder has it"),
+        (["--shard", "1000", "--out", "x.npz"], "shard: x.npz is a file of arrays; only a folder has it"),
         (["--max_steps", "3"], "--max_steps: pipelines.sample has no use for it"),
         (["--dry_run"], "--dry_run: pipelines.sample has no use for it"),
         (["--pipeline", "nowhere"], "'nowhere' is neither a folder nor a Hub id"),
@@ -166,8 +184,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder: Path, capsys: Any, monkey
 
 def test_a_folder_that_cannot_be_written_is_named(folder: Path, monkeypatch: Any) -> None:
     Path("locked").mkdir()
-    monkeypatch.setattr(sample.os, "access", lambda path, mode: "locked" not in str(path))
-    with pytest.raises(sample.UserError, match="locked is not writable; locked/x.png cannot be written"):
+    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path))
+    with pytest.raises(sample.UserError, match="^out: locked cannot be written to: Permission denied"):
         sample.main(["--pipeline", str(folder), "--out", "locked/x.png"])
 
 

@@ -34,6 +34,17 @@ def test_decoding_the_codes_gives_exactly_the_returned_latents(training: bool, g
     assert out.z.shape == (3, 4, *grid) and torch.equal(q.decode(out.codes), out.z)
 
 
+def test_decoding_under_autocast_gives_the_returned_latents_too() -> None:
+    q = built().eval()
+    with torch.no_grad():
+        q.map.weight.normal_()
+    z = torch.randn(3, 4, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = q(z)
+        assert torch.equal(q.decode(out.codes), out.z) and torch.equal(out.z, q(z).z)
+    assert torch.equal(q.decode(out.codes), out.z)
+
+
 def test_codes_are_nearest_to_the_mapped_basis() -> None:
     q = built()
     with torch.no_grad():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from intarsia.checkpoint import load_checkpoint, newest_valid
-from intarsia.cli import Flags
+from intarsia.cli import Flags, UserError
 from intarsia.codes import CodesDataset, CodesError, write_codes
 from intarsia.config import ConfigError
 from intarsia.rng import StepRng
@@ -259,3 +259,25 @@ def test_evaluation_refuses_the_codes_of_another_tokenizer(codes: Path, tmp_path
         evaluate.main(["--prior", str(tmp_path / "run/model"), "--codes", str(codes)])
     with pytest.raises(ValueError, match="prior: 'runs/no/such' is neither a folder nor a Hub id"):
         evaluate.main(["--prior", "runs/no/such", "--codes", str(codes)])
+
+
+@pytest.mark.parametrize("flag", [[], ["--check"]])
+def test_evaluation_says_where_it_cannot_write_and_what_it_cannot_measure_before_the_work(
+    codes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: list[str]
+) -> None:
+    train.train(config(tmp_path / "run", codes, steps=2, prior={"type": "gpt", "levels": "", "cond_dropout": 0.0} | TINY["gpt"]), Flags())
+    monkeypatch.setattr(evaluate, "report", lambda *a: pytest.fail("it was measured"))
+    (tmp_path / "file").write_text("mine")
+    words = ["--prior", str(tmp_path / "run"), "--codes", str(codes), "--device", "cpu", *flag]
+    for out, message in (("file/x.json", "file is a file; expected a folder"), ("run", "run is a folder; expected a file")):
+        with pytest.raises(UserError, match=f"^out: .*{message}"):
+            evaluate.main([*words, "--out", str(tmp_path / out)])
+
+    def unlabelled(*a: Any) -> CodesDataset:
+        data = CodesDataset(*a)
+        data.label = None
+        return data
+
+    monkeypatch.setattr(evaluate, "CodesDataset", unlabelled)
+    with pytest.raises(CodesError, match="has no labels in this split, and the prior needs them"):
+        evaluate.main(words)

@@ -23,8 +23,11 @@ from stage1_tokenizer.data.base import SOURCES
 from stage1_tokenizer.data.errors import DataError
 from stage1_tokenizer.metrics import psnr, unit
 from stage1_tokenizer.objectives.reconstruction import ReconstructionConfig
+from stage1_tokenizer.quantizers.residual import ResidualConfig
+from stage1_tokenizer.quantizers.vq import VQ, VQConfig
 from stage1_tokenizer.tokenizers.base import Tokenizer
 from stage1_tokenizer.tokenizers.vqvae import VQVAE
+from stage1_tokenizer.tokenizers.vqvae2 import LevelConfig
 from tests.training import HIERARCHY, TOKENIZER, Left, Toy, ToyConfig, augmented, run_training, tiny
 
 EVERY = {"validate_every": 5, "pictures_every": 5, "checkpoint_every": 5}
@@ -116,6 +119,26 @@ def test_the_release_holds_averaged_weights_and_a_codebook_moved_under_them(tmp_
     release, trained = Tokenizer.from_pretrained(tmp_path / "model").state_dict(), Left.of(tmp_path).tensors
     assert torch.equal(release["to_codes.weight"], trained["average/to_codes.weight"])
     assert not torch.equal(release["quantizer.codebook"], trained["module/quantizer.codebook"])
+
+
+@pytest.mark.parametrize("changes", [{"grow": (9,), "restart": 0.0}, {"restart": 0.9, "decay": 0.5}])
+def test_averages_take_over_the_codes_of_a_gradient_codebook_that_are_set_anew(tmp_path, monkeypatch, changes):
+    set_anew, real = [], VQ.update
+
+    def update(self, rng, comm):
+        before = self.codebook.detach().clone()
+        stats = real(self, rng, comm)
+        set_anew.append((self.codebook != before).any(1).detach())
+        return stats
+
+    monkeypatch.setattr(VQ, "update", update)
+    quantizer = VQConfig(codes=24, dim=4, update="gradient", **changes)
+    trained = left(tiny(tmp_path, steps=10, tokenizer=TOKENIZER.replace(quantizer=quantizer), optim={"average": 0.9, "lr": 1e-4})).tensors
+    rows = set_anew[8]  # before the last step but one ended
+    assert rows.any()
+    average, codebook = (trained[f"{of}/quantizer.codebook"][rows] for of in ("average", "module"))
+    apart = torch.where(set_anew[9][rows][:, None], 0.0, average - codebook)  # set anew once more: equal
+    assert apart.abs().max() < 1e-3 < codebook.abs().mean()
 
 
 def test_the_averaged_codebook_is_estimated_from_as_many_signals_as_the_first_one(tmp_path, monkeypatch):
@@ -356,3 +379,16 @@ def test_a_run_through_the_command_line_leaves_a_folder_that_resumes_and_refuses
     assert command(monkeypatch, *words, "--seed", "3") == 2 and "seed: 3, but" in capsys.readouterr().err
     written = script.TokenizerTrainConfig.from_dict(yaml_io.load((tmp_path / "config.yaml").read_text()))
     assert (written.steps, written.batch_size, written.tokenizer.net.widths) == (4, 8, (8, 8))
+
+
+def test_growth_that_a_run_never_reaches_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    growing = VQConfig(codes=16, dim=4, grow=(2, 8))
+    config = tiny(tmp_path / "run", steps=8, tokenizer=TOKENIZER.replace(quantizer=growing))
+    said = r"tokenizer.quantizer.grow: \[2, 8\], but steps is 8: some of the 16 codes would never be in use; expected steps below 8"
+    with pytest.raises(ConfigError, match=said):
+        run_training(config)
+    script.check_fit(config.replace(steps=9), Toy(ToyConfig()))
+    script.check_fit(config.replace(init="a/release"), Toy(ToyConfig()))  # grown already; its steps stay in the configuration
+    deep = HIERARCHY.replace(levels=(HIERARCHY.levels[0], LevelConfig(quantizer=ResidualConfig(stages=2, inner=growing))))
+    with pytest.raises(ConfigError, match=r"tokenizer.levels.1.quantizer.inner.grow: \[2, 8\], but steps is 8"):
+        script.check_fit(config.replace(tokenizer=deep), Toy(ToyConfig()))

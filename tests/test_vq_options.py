@@ -96,7 +96,7 @@ def test_the_fused_function_has_the_gradients_of_its_parts(learns: bool, some: b
     rows, vectors = torch.randn(12, 3, dtype=F64, requires_grad=True), torch.randn(5, 3, dtype=F64, requires_grad=learns)
     codes, weight = torch.randint(5, (12,)), torch.randn(12, 3, dtype=F64)
     active = torch.tensor([True, False, True]) if some else None
-    z_q, loss, error = assign(rows, vectors, codes, 3, 0.3, active)
+    z_q, loss, error = assign(rows, vectors, codes, 3, 0.3, learns, active)
     keep = torch.ones(12, 1, dtype=F64) if active is None else active.to(F64).repeat_interleave(4)[:, None]
     chosen = vectors[codes]
     expected = 0.3 * ((rows - chosen.detach()).square() * keep).mean()
@@ -110,6 +110,25 @@ def test_the_fused_function_has_the_gradients_of_its_parts(learns: bool, some: b
     wanted = torch.autograd.grad((rows * weight).sum() + 7 * expected, inputs)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("grow", [(), (99,)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        VQConfig(codes=16, dim=4, init="normal", update="gradient"),
+        VQConfig(codes=16, dim=4, init="normal", update="gradient", cosine=True),
+        VQConfig(codes=16, dim=4, init="normal"),
+        SimVQConfig(codes=16, dim=4, init="identity"),
+    ],
+)
+def test_the_loss_is_the_same_with_gradients_off_and_with_a_frozen_codebook(config: QuantizerConfig, grow: tuple[int, ...]) -> None:
+    q, z = QUANTIZERS.build(config.replace(grow=grow) if isinstance(config, VQConfig) else config), torch.randn(3, 4, 5)
+    with_gradients = q(z, step_rng(0, 3)).loss
+    with torch.no_grad():
+        assert torch.equal(q(z, step_rng(0, 3)).loss, with_gradients)
+    q.requires_grad_(False)
+    assert torch.equal(q(z, step_rng(0, 3)).loss, with_gradients)
 
 
 # Samples that do not count -------------------------------------------------------------------------------------------
@@ -283,6 +302,31 @@ def test_growth_that_a_skipped_step_missed_is_made_up_for_and_then_changes_nothi
         each(torch.randn(4, 4, 5), step_rng(8, 4))
         each.update(step_rng(8, 0), comm)
     assert all(torch.equal(t, restored.state_dict()[name]) for name, t in q.state_dict().items())
+
+
+def test_nothing_is_drawn_in_steps_in_which_nothing_can_grow_and_a_loaded_codebook_is_looked_at_once(monkeypatch) -> None:
+    drawn: list[int] = []
+    real = StepRng.normal
+    monkeypatch.setattr(StepRng, "normal", lambda self, *args: drawn.append(self.step) or real(self, *args))
+    config = VQConfig(codes=8, dim=4, init="normal", grow=(2, 4), restart=0.0)
+
+    def steps(q: VQ, numbers: list[int]) -> list[int]:
+        drawn.clear()
+        for step in numbers:
+            q(torch.randn(4, 4, 5), step_rng(step, 4))
+            q.update(step_rng(step, 0), comm)
+        return list(drawn)
+
+    q = VQ(config)
+    young = {name: t.clone() for name, t in q.state_dict().items()}
+    assert steps(q, [0, 1, 2, 3, 4, 5, 6]) == [1, 3] and int(q.used) == 8
+    q = VQ(config)
+    assert steps(q, [0, 2, 5]) == [2, 5] and int(q.used) == 8, "skipped steps are made up for"
+    loaded = VQ(config)
+    loaded.load_state_dict(q.state_dict())
+    assert steps(loaded, [6, 7]) == [6] and int(loaded.used) == 8
+    q.load_state_dict(young)
+    assert int(q.used) == 2 and steps(q, [5, 6]) == [5] and int(q.used) == 8, "what is loaded may be younger"
 
 
 # No waiting ---------------------------------------------------------------------------------------------------------

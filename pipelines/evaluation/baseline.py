@@ -89,16 +89,21 @@ class IndependentCodes:
             columns = []
             for j in range(level.positions):
                 p = torch.full((n,), 1 / level.vocab, dtype=torch.float64)
-                p = _back_off(torch.zeros_like(train_label), train[:, j], torch.zeros_like(label), held[:, j], 1, level.vocab, p)
-                columns.append(_back_off(train_label, train[:, j], label, held[:, j], self.classes, level.vocab, p))
+                p = _back_off(torch.zeros_like(train_label), train[:, j], torch.zeros_like(label), held[:, j], 1, p)
+                columns.append(_back_off(train_label, train[:, j], label, held[:, j], self.classes, p))
             out.append(-torch.stack(columns, 1).log() / math.log(2))
         return out
 
 
-def _back_off(groups: Tensor, train: Tensor, group: Tensor, held: Tensor, size: int, vocab: int, wider: Tensor) -> Tensor:
+def _back_off(groups: Tensor, train: Tensor, group: Tensor, held: Tensor, size: int, wider: Tensor) -> Tensor:
     """(n,) float64: the smoothed probability of each held-out code given its group, at one position."""
-    counts = torch.bincount(groups * vocab + train, minlength=size * vocab).view(size, vocab)
-    total, distinct = counts.sum(1)[group], (counts > 0).sum(1)[group]
+    seen, train = train.unique(return_inverse=True)  # a vocabulary may be too large for a table
+    pairs, counts = (groups * len(seen) + train).unique(return_counts=True)
+    total, distinct = torch.bincount(groups, minlength=size)[group], torch.bincount(pairs // len(seen), minlength=size)[group]
+    place = torch.searchsorted(seen, held.contiguous()).clamp(max=len(seen) - 1)
+    pair = group * len(seen) + place
+    at = torch.searchsorted(pairs, pair).clamp(max=len(pairs) - 1)
+    count = torch.where((seen[place] == held) & (pairs[at] == pair), counts[at], 0)
     # a group without any training row leaves all its weight to the wider distribution
-    smoothed = (counts[group, held] + distinct * wider) / (total + distinct).clamp(min=1)
+    smoothed = (count + distinct * wider) / (total + distinct).clamp(min=1)
     return torch.where(total > 0, smoothed, wider)

@@ -26,7 +26,7 @@ class HeldOut:
         codes: one (N, *grid) int64 tensor per level.
         labels: (N,) int64, or None where unlabelled.
         reconstruction: PSNR and SSIM of all its images.
-        reconstructions, real: the images after and before; the former with pixel vectors.
+        reconstructions, real: the images after and before; the former from the levels that the priors model, with pixel vectors.
     """
 
     codes: list[Tensor]
@@ -37,17 +37,17 @@ class HeldOut:
 
 
 def evaluate_held_out(pipeline: TwoStagePipeline, split: Split, model: FeatureModel) -> HeldOut:
-    """Reconstructs a split; its codes stay on the CPU."""
+    """Reconstructs a split from the levels that the priors model, as samples are made; its codes of all levels stay on the CPU."""
     metrics = ReconstructionMetrics()
     codes: list[list[Tensor]] = []
-    tokenizer = pipeline.tokenizer
+    tokenizer, stop = pipeline.tokenizer, pipeline.priors[-1].levels.stop
 
     def reconstructed() -> Iterator[Labelled]:
         for rows in torch.arange(len(split)).split(BATCH):
             batch = split.batch(rows)
             x = batch["x"].to(tokenizer.device)
             found = tokenizer.encode(x)
-            y = unit(tokenizer.decode(found).to(x.dtype))
+            y = unit(tokenizer.decode(found[:stop]).to(x.dtype))
             metrics.update(unit(x), y)
             codes.append([c.cpu() for c in found])
             yield y, batch.get("label")

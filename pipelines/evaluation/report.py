@@ -106,8 +106,11 @@ def table(tree: Mapping[str, Any]) -> str:
     found, figures = tree["reconstruction"], tree["samples"]
     name, counts = figures["features"]["name"], figures["counts"]
     ssim = f", SSIM {found['ssim']:.4f}" if "ssim" in found else ""
+    all_levels = [level["name"] for level in tree["pipeline"]["tokenizer"]["levels"]]
+    used = found.get("levels", all_levels)  # figures of earlier versions do not say it
+    leading = "" if used == all_levels else f" from {', '.join(used)} alone"
     lines = [
-        f"reconstruction of {found['samples']} {tree['split']} images: PSNR {found['psnr']:.2f} dB (mean per image),"
+        f"reconstruction of {found['samples']} {tree['split']} images{leading}: PSNR {found['psnr']:.2f} dB (mean per image),"
         f" {found['psnr_pooled']:.2f} dB (pooled){ssim}"
     ]
     lines += [

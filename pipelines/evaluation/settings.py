@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from stage1_tokenizer.data.base import Source, SourceConfig
 from stage1_tokenizer.data.bundled import BundledConfig
 
 SplitName = Literal["train", "validation", "test"]
-
+HeldOutName = Literal["validation", "test"]
 
 REFERENCE = "reference"  # what the set of real images is called among those of samples
 
@@ -67,19 +66,6 @@ def check_alone(why: str) -> None:
     """Raises UserError for several processes, saying ``why``."""
     if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise UserError(f"WORLD_SIZE: {world} processes; {why}")
-
-
-def made_folder(out: str) -> Path:
-    """The output folder, made and written to before the work. Raises UserError naming ``out`` where that cannot be."""
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"out: {out} is a file, or lies below one; expected a folder") from None
-    except OSError as error:
-        raise UserError(f"out: {out} cannot be written to: {error.strerror}") from None
 
 
 def load_pipeline(name: str, device: torch.device) -> TwoStagePipeline:
@@ -126,14 +112,17 @@ class Reference:
 
 
 def choose_reference(source: Source, config: MeasureConfig, labelled: bool) -> Reference:
-    """The rows that ``config`` asks for. Raises ValueError where classes cannot be balanced as it says, or ``k`` is too large.
+    """The rows that ``config`` asks for. Raises ValueError where classes cannot be balanced as it says; ConfigError where there are none to
+    balance, or ``k`` is too large.
 
     Args:
         labelled: whether the samples have classes.
     """
     split, classes = source.split(config.reference), len(source.classes)
+    if config.balanced and not labelled:
+        raise ConfigError(["balanced: True, but no prior of the pipeline takes labels; expected False, or null"])
     possible = labelled and can_balance(split, config.n, classes)
-    balanced = possible if config.balanced is None else config.balanced and labelled
+    balanced = possible if config.balanced is None else config.balanced
     rows = choose_rows(split, config.n, config.seed, classes if balanced else 0)
     if config.k >= min(config.n, len(rows)):
         raise ConfigError([f"k: {config.k}; expected fewer than the {config.n} samples and the {len(rows)} {config.reference} images"])

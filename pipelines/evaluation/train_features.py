@@ -21,9 +21,10 @@ from torch import Tensor
 
 from intarsia.cli import UserError, parse, run_main
 from intarsia.config import Budget, Config, ConfigError, Place, Seed
+from intarsia.files import writable_folder
 from intarsia.order import Order
 from pipelines.evaluation.features import CLASSIFIERS, Classifier, ClassifierConfig, ClassifierSpec, ConvClassifierConfig
-from pipelines.evaluation.settings import check_alone, made_folder
+from pipelines.evaluation.settings import check_alone
 from pipelines.sample import device_of
 from stage1_tokenizer.data.base import SOURCES, Source, SourceConfig, Split
 from stage1_tokenizer.data.bundled import BundledConfig
@@ -94,10 +95,11 @@ def main() -> None:
         raise ConfigError(["--max_steps, --resume: the training of a feature model has neither; see steps"])
     check_alone("a feature model is trained by one")
     source = SOURCES.build(config.data)
-    if flags.check or flags.dry_run:
+    checked = flags.check or flags.dry_run
+    out = writable_folder(config.out, "out", UserError, make=not checked)
+    if checked:
         print(f"data: {source.signal}, {len(source.classes)} classes, splits {', '.join(source.splits)}")
         return
-    out = made_folder(config.out)
     model = train(config, source)
     figures = {f"accuracy on {name}": accuracy(model, source.split(name)) for name in ("train", "validation") if name in source.splits}
     model.save_pretrained(out, metrics=figures)

@@ -18,6 +18,7 @@ def assign(
     codes: Tensor,
     batch: int,
     beta: float,
+    learns: bool,
     active: Tensor | None = None,
     estimator: Estimator = "straight_through",
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,10 +26,12 @@ def assign(
 
     Args:
         rows: (N, D) z_e; N = batch * positions, sample after sample.
-        vectors: (K, D). Where it wants a gradient, the codebook term |sg[z_e] - e|^2 is part of the loss.
+        vectors: (K, D).
         codes: (N,) int64.
         batch: B, the number of samples.
         beta: weight of the commitment |z_e - sg[e]|^2, on the encoder only.
+        learns: the codebook term |sg[z_e] - e|^2, with its gradient to ``vectors``, is part of the loss. So the loss is the same whether
+            gradients are on or off.
         active: (B,) bool, the samples that add to the loss; None for all.
         estimator: what the gradient g of z_q becomes for z_e. straight_through: g. rotation: (lambda R)^T g, see ``rotated_back``.
 
@@ -36,7 +39,7 @@ def assign(
         z_q (N, D), bit-equal to the codes' vectors; the loss (), a mean over all N positions and D dimensions; the squared error ()
         of all samples, a mean likewise, without gradient.
     """
-    return _Assign.apply(rows, vectors, codes, batch, beta, active, estimator)  # type: ignore[no-any-return]
+    return _Assign.apply(rows, vectors, codes, batch, beta, learns, active, estimator)  # type: ignore[no-any-return]
 
 
 def rotated_back(grad: Tensor, z: Tensor, e: Tensor) -> Tensor:
@@ -61,14 +64,21 @@ class _Assign(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, vectors: Tensor, codes: Tensor, batch: int, beta: float, active: Tensor | None, estimator: Estimator
+        ctx: Any,
+        rows: Tensor,
+        vectors: Tensor,
+        codes: Tensor,
+        batch: int,
+        beta: float,
+        learns: bool,
+        active: Tensor | None,
+        estimator: Estimator,
     ) -> tuple[Tensor, Tensor, Tensor]:
         chosen = vectors.index_select(0, codes)
         error = rows - chosen
         squared = torch.linalg.vector_norm(error.view(batch, -1), dim=1).square() / error.numel()
         counted = squared if active is None else torch.where(active, squared, 0.0)
-        learns = ctx.needs_input_grad[1]
-        ctx.beta, ctx.batch, ctx.turns = beta, batch, estimator == "rotation"
+        ctx.beta, ctx.learns, ctx.batch, ctx.turns = beta, learns, batch, estimator == "rotation"
         ctx.save_for_backward(error, codes, active, *((rows, chosen) if ctx.turns else (None, None)))
         ctx.codes = vectors.shape[0]
         loss, total = (beta + learns) * counted.sum(), squared.sum()
@@ -77,7 +87,7 @@ class _Assign(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         error, codes, active, rows, chosen = ctx.saved_tensors
         grad, scale = grads[0], grads[1] * (2.0 / error.numel())
         if active is not None:
@@ -86,6 +96,6 @@ class _Assign(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             back = rotated_back(grad, rows, chosen) if ctx.turns else grad
             to_rows = torch.addcmul(back, error, scale * ctx.beta)
-        if ctx.needs_input_grad[1]:
+        if ctx.learns and ctx.needs_input_grad[1]:
             to_vectors = error.new_zeros((ctx.codes, error.shape[1])).index_add_(0, codes, error).mul_(-scale)
-        return to_rows, to_vectors, None, None, None, None, None
+        return to_rows, to_vectors, None, None, None, None, None, None

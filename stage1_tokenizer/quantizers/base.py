@@ -124,7 +124,7 @@ class Quantizer(nn.Module):
         self.discard()
 
     def codes_in_use(self, vocab: int) -> int:
-        """How many of the codes there can be as yet; fewer than ``vocab`` while a codebook grows. Waits for the device."""
+        """How many codes, the first of all, there can be as yet; fewer than ``vocab`` while a codebook grows. Waits for the device."""
         return vocab
 
     def remedies(self) -> tuple[str, ...]:

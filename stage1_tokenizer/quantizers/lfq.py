@@ -22,6 +22,7 @@ from stage1_tokenizer.quantizers.base import (
     check_latents,
     straight_through,
 )
+from stage1_tokenizer.quantizers.entropy import bits_mean_entropy
 from stage1_tokenizer.quantizers.scalar import ScalarQuantizer
 
 _LEAST = 1e-6  # of a running mean of probabilities, before its logarithm
@@ -56,6 +57,8 @@ class SignQuantizer(ScalarQuantizer):
     L = beta |z - sg[q]|^2 + entropy (E H(p(c|z)) - diversity H(E p(c|z))) / d, in nats per bit, so that no weight depends on d.
     Given z the bits are independent, so the first entropy is the sum of the bits' entropies, exactly. The second is kept for
     groups of bits; the sum over the groups is an upper bound of it, and exact for one group (d <= group).
+
+    The entropies are of training: in eval mode L is the first term alone.
 
     H(E p) is no mean over samples. It is replaced by its first-order expansion about a running mean m that ``update`` advances:
     -H(E p) becomes sum_c E p(c) log m(c), which has the gradient of -H at m and is linear in the batch.
@@ -112,7 +115,7 @@ class SignQuantizer(ScalarQuantizer):
             chosen = self.values(digits).to(u.dtype)
             error = active_mean((u - chosen).square(), active)
             loss, stats = self.config.beta * error, {"quantization_error": error.detach()}
-            if self._entropy:
+            if self._entropy and self.training:
                 # log p(1) - log p(0) = ((u + v)^2 - (u - v)^2) / tau
                 logits = 4 * self.value / self.config.tau * u
                 own = active_mean(_bit_entropy(logits).sum(-1), active) / self.dim
@@ -124,19 +127,14 @@ class SignQuantizer(ScalarQuantizer):
         return Quantized(straight_through(u, chosen).movedim(-1, 1), (self.to_codes(digits),), loss, stats)
 
     def _mean_term(self, logits: Tensor, finite: Tensor, active: Tensor | None) -> Tensor:
-        """() sum over groups of sum_c E p(c) log m(c); in training the sums of p are added to the statistics of the step."""
-        counted = finite if active is None else finite & active.view(-1, *[1] * (logits.ndim - 1))
-        total, sums = logits.new_zeros(()), []
-        for group, mean in zip(self.groups, self.usage.split(self.sizes), strict=True):
-            p = _joint(torch.sigmoid(logits[..., group]))
-            total = total + active_mean(p @ mean.clamp_min(_LEAST).log().to(p.dtype), active)
-            sums.append(torch.where(counted, p.detach(), 0.0).flatten(0, -2).sum(0))
-        if self.training:
-            positions = counted.sum() * (logits[..., 0].numel() // counted.numel())
-            if not self._pending:
-                self._pending = self._nothing()
-            self._pending["usage"] += torch.cat(sums).to(self.usage.dtype)
-            self._pending["positions"] += positions
+        """() sum over groups of sum_c E p(c) log m(c); the sums of p are added to the statistics of the step."""
+        shares = [mean.clamp_min(_LEAST).to(logits.dtype) for mean in self.usage.split(self.sizes)]
+        total, sums = bits_mean_entropy(logits, shares, self.groups, finite, active)
+        counted = finite if active is None else finite & active
+        if not self._pending:
+            self._pending = self._nothing()
+        self._pending["usage"] += torch.cat(sums).to(self.usage.dtype)
+        self._pending["positions"] += counted.sum() * (logits[..., 0].numel() // counted.numel())
         return total
 
     def _nothing(self) -> dict[str, Tensor]:
@@ -164,14 +162,6 @@ class SignQuantizer(ScalarQuantizer):
 def _bit_entropy(logits: Tensor) -> Tensor:
     """The entropy in nats of a bit that is 1 with probability sigmoid(logits)."""
     return F.softplus(logits) - logits * torch.sigmoid(logits)
-
-
-def _joint(p: Tensor) -> Tensor:
-    """(..., g) probabilities of independent bits to (..., 2^g) of the codes that they write, the first bit lowest."""
-    out = p.new_ones((*p.shape[:-1], 1))
-    for bit in p.unbind(-1):
-        out = torch.cat([out * (1 - bit[..., None]), out * bit[..., None]], -1)
-    return out
 
 
 @QUANTIZERS.register("lfq", LFQConfig)

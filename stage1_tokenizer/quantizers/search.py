@@ -44,7 +44,7 @@ def nearest(rows: Tensor, codebook: Tensor, cost: Tensor | None = None) -> Tenso
 def _nearest(rows: Tensor, codebook: Tensor, cost: Tensor | None) -> Tensor:
     k, mean = codebook.shape[0], codebook.mean(0)
     codebook = codebook - mean  # from there distances are the same, and scores no larger than they must be, which is what rounding goes by
-    bias = offsets(codebook, cost) - codebook @ mean
+    bias = offsets(codebook, cost)
     wide = rows.device.type == "cpu" and codebook.shape[0] >= 4 * BLOCK
     if wide and (over := -codebook.shape[0] % BLOCK):  # whole blocks: codes that never win
         codebook, bias = F.pad(codebook, (0, 0, 0, over)), F.pad(bias, (0, over), value=float("-inf"))
@@ -55,7 +55,7 @@ def _nearest(rows: Tensor, codebook: Tensor, cost: Tensor | None) -> Tensor:
     for part in parts:
         score = scorer(codebook[part], bias[part], rows.shape[0])
         for tile in tiles(rows.shape[0], part.stop - part.start, rows.device):
-            scores = score(rows[tile])
+            scores = score(rows[tile] - mean)
             codes = best(scores)
             if len(parts) > 1:
                 found = scores.gather(1, codes[:, None])[:, 0]
@@ -132,7 +132,8 @@ def _best_in_blocks(scores: Tensor) -> Tensor:
 def kmeans(rows: Tensor, k: int, rng: StepRng, iterations: int = 10) -> tuple[Tensor, Tensor]:
     """Lloyd's algorithm from k distinct random rows; an empty cluster moves to a random row.
 
-    With fewer than k rows, rows are used again with a little noise, so that no two codes are equal.
+    With fewer than k rows, rows are used again with a little noise, so that no two codes are equal (but for chance, in one dimension):
+    by the rows' standard deviation, and where they are alike, by their root mean square.
 
     Args:
         rows: (N, D), N > 0, the same on every rank.
@@ -145,7 +146,9 @@ def kmeans(rows: Tensor, k: int, rng: StepRng, iterations: int = 10) -> tuple[Te
     centres = rows[order[torch.arange(k, device=rows.device) % n]].clone()
     if n < k:
         slots = StepRng(rng.seed, rng.step, torch.arange(k, device=rows.device))
-        centres += 1e-2 * rows.std().clamp_min(1e-6) * slots.normal("kmeans/noise", rows.shape[1]).to(rows.dtype)
+        least = (1e-3 * rows.square().mean().sqrt()).clamp_min(1e-6)  # far above what rounding tells apart
+        size = 1e-2 * torch.maximum(rows.std(correction=0), least)
+        centres += size * slots.normal("kmeans/noise", rows.shape[1]).to(rows.dtype)
     counts = rows.new_zeros(k)
     for i in range(iterations):
         codes = nearest(rows, centres)

@@ -71,7 +71,8 @@ class SimVQ(CodebookQuantizer):
         return f"K={self.config.codes}, D={self.config.dim}, beta={self.config.beta}"
 
     def vectors(self) -> Tensor:
-        with whole_float32():
+        kind = "cpu" if self.basis.is_meta else self.basis.device.type  # "meta" knows no autocast
+        with whole_float32(), torch.autocast(kind, enabled=False):
             return self.map(self.basis)  # type: ignore[no-any-return]
 
     @torch.no_grad()
@@ -105,7 +106,7 @@ class SimVQ(CodebookQuantizer):
             finite = check_finite(rows.view(batch, -1), self.training)
             vectors = self.vectors().to(rows.dtype)
             codes = nearest(rows.detach(), vectors.detach())
-            z_q, loss, error = assign(rows, vectors, codes, batch, self._beta, active, self.config.estimator)
+            z_q, loss, error = assign(rows, vectors, codes, batch, self._beta, True, active, self.config.estimator)
             if self.training:
                 self._count(rows, codes, batch, finite, active, rng)
         z_q = z_q.view(batch, *grid, self.dim).movedim(-1, 1)

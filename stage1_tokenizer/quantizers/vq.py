@@ -116,6 +116,7 @@ class VQ(CodebookQuantizer):
         counts[first:] = 0
         if config.grow:
             self.register_buffer("used", torch.tensor(first))
+        self._at_least = first  # known of ``used`` without asking the device
         if config.update == "gradient":
             self.codebook = nn.Parameter(vectors)
         else:
@@ -207,7 +208,7 @@ class VQ(CodebookQuantizer):
             vectors, cost = self.vectors().to(rows.dtype), self.cost()
             cost = None if cost is None else cost.to(rows.dtype)
             codes = nearest(rows.detach(), vectors.detach(), cost)
-            z_q, loss, error = assign(rows, vectors, codes, batch, self.beta(rng), active, self.config.estimator)
+            z_q, loss, error = assign(rows, vectors, codes, batch, self.beta(rng), not self.averages, active, self.config.estimator)
             if self.training:
                 if self.config.entropy.weight:
                     share, bonus = self.share().to(rows.dtype), self.config.entropy
@@ -243,10 +244,17 @@ class VQ(CodebookQuantizer):
             stats["restarts"] = taken.sum().to(self.counts.dtype)
         if self.config.grow:
             now = codes_at(rng.step + 1, self.codes, self.config.grow)
-            split(self.codebook, self.counts, self.sums if self.averages else None, self.used, now, rng)
+            if now > self._at_least:
+                split(self.codebook, self.counts, self.sums if self.averages else None, self.used, now, rng)
+                self._at_least = now
             self._normalize()
             stats["codes_in_use"] = self.used.to(self.counts.dtype)
         return stats
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Nothing is known of what is loaded: the next ``update`` brings it to the codes that are due."""
+        self._at_least = 0
+        super()._load_from_state_dict(*args)
 
     def _normalize(self) -> None:
         if self.config.cosine and self.averages:

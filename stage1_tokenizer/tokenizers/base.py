@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from intarsia.inference import inference
 from intarsia.padded import run_padded
 from intarsia.registry import Registry
 from intarsia.rng import StepRng
-from intarsia.specs import Cond, SignalSpec, TokenizerSpec, to_plain
+from intarsia.specs import Cond, LevelSpec, SignalSpec, TokenizerSpec, to_plain
 from stage1_tokenizer.quantizers.base import Quantizer, check_codes
 
 TOKENIZERS: Registry[Tokenizer] = Registry("tokenizer", "stage1_tokenizer.tokenizers")
@@ -140,12 +140,19 @@ class Tokenizer(Pretrained, nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: list[Tensor] | tuple[Tensor, ...], cond: Cond | None = None) -> Tensor:
-        """Codes of all levels (or of a prefix in ``spec.prefixes``) to signals (B, C, *axes); not clamped to [-1, 1]."""
+        """Codes of all levels (or of a prefix in ``spec.prefixes``) to signals (B, C, *axes); not clamped to [-1, 1].
+
+        Grids may be larger or smaller than those of ``spec``, all levels by the same factor along an axis.
+
+        Raises ValueError for another count of levels, and naming the level for codes that are no int64 in [0, vocab) or whose grid does
+        not fit; for a condition that it has no use for.
+        """
         levels = self.level_specs()
         if len(codes) not in self.prefixes():
             raise ValueError(f"codes: {len(codes)} levels; decode accepts {', '.join(map(str, self.prefixes()))}")
         for level, c in zip(levels, codes, strict=False):
             check_codes(c, level.vocab, f"codes of level {level.name!r}")
+        check_grids(codes, levels)
         if cond is not None:
             raise ValueError(f"cond: {type(self).__name__} has no use for a condition")
         with inference(self):
@@ -169,6 +176,23 @@ class Tokenizer(Pretrained, nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+
+def check_grids(codes: Sequence[Tensor], levels: Sequence[LevelSpec]) -> None:
+    """Raises ValueError, naming the level, where its codes are not (B, *grid), of as many rows as those of the first level and with a grid
+    that is the level's own times what that of the first level is: a look at shapes alone."""
+    first, own = codes[0], levels[0]
+    for level, c in zip(levels, codes, strict=False):
+        found, usual = f"codes of level {level.name!r}: shape {tuple(c.shape)}", ", ".join(map(str, level.shape))
+        if c.ndim != 1 + len(level.shape) or 0 in c.shape[1:]:
+            raise ValueError(f"{found}; expected (batch, {usual}), or another grid of as many axes")
+        if len(level.shape) != len(own.shape):
+            alike = c.shape[1:] == level.shape
+        else:
+            alike = all(a * f == b * e for a, b, e, f in zip(c.shape[1:], first.shape[1:], level.shape, own.shape, strict=True))
+        if len(c) != len(first) or not alike:
+            beside = f"beside {tuple(first.shape)} of level {own.name!r}"
+            raise ValueError(f"{found} {beside}; expected ({len(first)}, {usual}), or all levels scaled alike")
 
 
 def check_signal(x: Tensor, signal: SignalSpec, stride: tuple[int, ...]) -> None:

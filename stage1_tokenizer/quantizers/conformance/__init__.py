@@ -43,7 +43,8 @@ def check(
         name: for the report.
 
     Raises:
-        ValueError: where ``only`` names no check. What the class under test raises is an outcome, but for its constructor.
+        ValueError: where ``only`` names no check, or what is given or made is no Quantizer with a ``dim`` and ``level_specs``. What the
+            class under test raises beyond that is an outcome, but for its constructor.
     """
     if isinstance(subject, Quantizer):
         original = subject
@@ -54,5 +55,8 @@ def check(
     else:
         make = subject
     first = make()
+    if not isinstance(first, Quantizer):
+        raise ValueError(f"subject: a {type(first).__name__}; expected a Quantizer. A layer of another interface goes into an Adapter")
     known = traits_of(first) if traits is None else traits
-    return run_checks(Subject(name or f"{type(first).__name__}({first.extra_repr()})", make, known, processes), only)
+    name = name or f"{type(first).__name__}({first.extra_repr()})"
+    return run_checks(Subject(name, make, known, processes, copies=isinstance(subject, Quantizer)), only)

@@ -25,6 +25,9 @@ class Adapter(Quantizer):
         vocabs: the size of each map of codes.
         quantize: (layer, (B, N, D)) -> (quantised latents (B, N, D), one (B, N) tensor of codes for each map, loss ()).
         decode: (layer, the maps (B, N)) -> (B, N, D).
+        dropout: a residual layer that leaves out its last stages for some samples in training, and gives -1 for the codes of those. They
+            become 0 here and the number of stages that count ``Quantized.depth``; ``decode`` gets -1 again for the stages beyond it, and
+            for those that are not given. Without it -1 is an error.
     """
 
     type_name = "adapter"
@@ -37,9 +40,10 @@ class Adapter(Quantizer):
         vocabs: tuple[int, ...],
         quantize: Callable[[nn.Module, Tensor], tuple[Tensor, tuple[Tensor, ...], Tensor]],
         decode: Callable[[nn.Module, tuple[Tensor, ...]], Tensor],
+        dropout: bool = False,
     ) -> None:
         super().__init__()
-        self.layer, self.dim, self.vocabs = layer, dim, vocabs
+        self.layer, self.dim, self.vocabs, self.dropout = layer, dim, vocabs, dropout
         self._quantize, self._decode = quantize, decode
         self.register_buffer("initialized", torch.tensor(False))
 
@@ -49,6 +53,9 @@ class Adapter(Quantizer):
     def level_specs(self, name: str, grid: tuple[int, ...]) -> tuple[LevelSpec, ...]:
         names = [name] if len(self.vocabs) == 1 else [f"{name}/{i}" for i in range(len(self.vocabs))]
         return tuple(LevelSpec(level, vocab, grid) for level, vocab in zip(names, self.vocabs, strict=True))
+
+    def prefixes(self) -> tuple[int, ...]:
+        return tuple(range(1 if self.dropout else len(self.vocabs), len(self.vocabs) + 1))
 
     @torch.no_grad()
     def initialize(self, z: Tensor, rng: StepRng) -> None:
@@ -62,13 +69,34 @@ class Adapter(Quantizer):
             raise ValueError("active: an adapted layer counts all samples")
         grid = z.shape[2:]
         z_q, codes, loss = self._quantize(self.layer, z.flatten(2).movedim(1, -1))
+        codes, depth = self._without_dropped(codes)
         return Quantized(
             z_q.movedim(-1, 1).reshape(len(z), -1, *grid),
             tuple(c.reshape(len(z), *grid) for c in codes),
             loss if torch.is_tensor(loss) and loss.ndim == 0 else torch.as_tensor(loss).sum(),
+            depth=depth,
         )
+
+    def _without_dropped(self, codes: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Maps (B, N) with 0 in place of -1, and the stages (B,) of each sample that count; None where all do."""
+        if not any(bool((c == -1).any()) for c in codes):
+            return codes, None
+        dropped = torch.stack([(c == -1).flatten(1).all(1) for c in codes])
+        depth = (~dropped).sum(0)
+        whole = all(torch.equal(c == -1, d[:, None].expand_as(c)) for c, d in zip(codes, dropped, strict=True))
+        trailing = torch.equal(dropped, torch.arange(len(codes), device=depth.device)[:, None] >= depth)
+        if not (self.dropout and whole and trailing):
+            raise ValueError("codes: -1, which is no code; a layer that leaves out the last stages of a sample wants Adapter(dropout=True)")
+        return tuple(c.clamp_min(0) for c in codes), depth
 
     def decode(self, codes: tuple[Tensor, ...], depth: Tensor | None = None) -> Tensor:
         grid = codes[0].shape[1:]
-        z_q = self._decode(self.layer, tuple(c.reshape(len(c), math.prod(grid)) for c in codes))
+        maps = [c.reshape(len(c), math.prod(grid)) for c in codes]
+        if self.dropout and any(bool((c < 0).any()) for c in maps):
+            raise ValueError("codes: a negative one; how many stages count is said by depth")
+        if depth is not None:
+            maps = [torch.where((depth > i)[:, None], c, -1) for i, c in enumerate(maps)]
+        if self.dropout:
+            maps += [torch.full_like(maps[0], -1)] * (len(self.vocabs) - len(maps))
+        z_q = self._decode(self.layer, tuple(maps))
         return z_q.movedim(-1, 1).reshape(len(z_q), -1, *grid)

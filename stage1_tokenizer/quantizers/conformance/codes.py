@@ -15,6 +15,7 @@ from stage1_tokenizer.quantizers.conformance.report import Skipped, Violation
 from stage1_tokenizer.quantizers.conformance.subject import GRIDS, SAMPLES, Subject, rng
 
 HALVES = (torch.bfloat16, torch.float16)
+TIES = 1e-3  # of the codes may be other ones where it is not known how they are chosen
 _MOST_PAIRS = 1 << 22
 
 
@@ -56,27 +57,30 @@ def prefixes(s: Subject) -> str | None:
 
 @conformance("forward_is_pure")
 def neighbours(s: Subject) -> str | None:
-    """A sample's codes do not depend on its batch: whole and in chunks they are the same."""
+    """A sample's codes do not depend on its batch: whole and in chunks they are the same, but for ties that rounding decides."""
+    note: str | None = None
     cells = max(8, math.ceil(min(20000, 3 * (1 << 20) // s.vocab) / SAMPLES))
     for training, z in ((False, s.latents(SAMPLES, (cells,), seed=4)), (True, s.batch(4))):
         q = s.fresh(training=training)
-        whole = q(z, rng(0, SAMPLES)).codes
+        out = q(z, rng(0, SAMPLES))
+        known = s.traits.choices is not None and not (training and out.likely is not None)  # what is drawn is not the nearest
+        total, differing, far = sum(c.numel() for c in out.codes), 0, False
         for rows in (slice(0, 1), slice(1, 7), slice(7, 12)):
-            part = z[rows]
+            part, whole = z[rows], tuple(c[rows] for c in out.codes)
             codes = q(part, rng(0, len(part), rows.start)).codes
-            for a, b in zip(codes, whole, strict=True):
-                if not torch.equal(a, b[rows]):
-                    _require_ties(s, q, part, (codes, tuple(w[rows] for w in whole)), training)
-    return None
+            found = sum(int((a != b).sum()) for a, b in zip(codes, whole, strict=True))
+            differing += found
+            far = far or (found > 0 and known and not all(_all_nearest(s, q, part, each) for each in (codes, whole)))
+        if differing:
+            message = f"{'train' if training else 'eval'} mode: {differing} of {total} codes depend on the rest of the batch"
+            require(not far and (known or differing <= math.ceil(TIES * total)), message)
+            note = note or f"{message}, which " + ("rounding explains" if known else "is taken for rounding")
+    return note
 
 
-def _require_ties(s: Subject, q: Quantizer, z: Tensor, both: tuple[tuple[Tensor, ...], tuple[Tensor, ...]], training: bool) -> None:
-    """Codes that differ are equally near; matrix products of other sizes may round otherwise."""
-    differing = sum(int((a != b).sum()) for a, b in zip(*both, strict=True))
-    message = f"{'train' if training else 'eval'} mode: {differing} codes depend on the rest of the batch"
-    require(s.traits.choices is not None and not training, message)
-    for codes in both:
-        require(all(bool((excess <= 1e-6).all()) for excess in _excess(s, q, z, codes)), message)
+def _all_nearest(s: Subject, q: Quantizer, z: Tensor, codes: tuple[Tensor, ...]) -> bool:
+    """Codes that matrix products of other sizes may give, as they round otherwise: equally near, within rounding."""
+    return all(bool((excess <= 1e-6).all()) for excess in _excess(s, q, z, codes))
 
 
 @conformance("round_trip", "neighbours")
@@ -106,7 +110,7 @@ def _excess(s: Subject, q: Quantizer, z: Tensor, codes: tuple[Tensor, ...]) -> l
 
 @conformance("forward_is_pure")
 def half_precision(s: Subject) -> str | None:
-    """bf16 and fp16 latents up to 1e3 get the codes of their float32 copy, under autocast too; nothing overflows."""
+    """bf16 and fp16 latents up to 1e3 get the codes of their float32 copy, under autocast too, and decode likewise; nothing overflows."""
     for dtype in HALVES:
         z = (s.batch(5) * 300).clamp(-1000, 1000).to(dtype)
         for training in (False, True):
@@ -114,10 +118,13 @@ def half_precision(s: Subject) -> str | None:
             full = q(z.float(), rng(0, SAMPLES))
             with torch.autocast("cpu", torch.bfloat16):
                 half = q(z, rng(0, SAMPLES))
+                decoded = q.decode(half.codes, half.depth) if s.traits.wide else None
             for a, b in zip(half.codes, full.codes, strict=True):
                 equal(a, b, f"codes of {dtype} latents against those of their float32 copy")
             wide = not s.traits.wide or half.z.dtype == half.loss.dtype == torch.float32
             require(wide, f"{dtype}: z is {half.z.dtype}, the loss {half.loss.dtype}; expected float32")
+            if decoded is not None:
+                equal(decoded, q.decode(half.codes, half.depth), "decode under autocast against decode without")
             require(bool(torch.isfinite(half.z).all() & torch.isfinite(half.loss)), f"{dtype}: z or loss overflows")
     return None
 

@@ -41,6 +41,13 @@ def same_state(a: Mapping[str, Tensor], b: Mapping[str, Tensor], what: str, tole
             equal(a[name], b[name], f"{what}: {name}")
 
 
+def gradients_of(loss: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """"the gradient of NAME" -> the gradient of ``loss`` () to each tensor, zero where it does not reach one."""
+    found = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True) if loss.requires_grad else [None] * len(tensors)
+    pairs = zip(tensors.items(), found, strict=True)
+    return {f"the gradient of {name}": torch.zeros_like(tensor) if grad is None else grad.detach() for (name, tensor), grad in pairs}
+
+
 def _distance(a: Tensor, b: Tensor) -> float:
     if not a.numel():
         return 0.0

@@ -8,7 +8,7 @@ from torch import Tensor
 import stage1_tokenizer.quantizers.conformance.steps  # noqa: F401  its checks stand before these
 from intarsia.distributed import Comm, comm
 from stage1_tokenizer.quantizers.base import Quantizer
-from stage1_tokenizer.quantizers.conformance.compare import close, require, same_state
+from stage1_tokenizer.quantizers.conformance.compare import close, gradients_of, require, same_state
 from stage1_tokenizer.quantizers.conformance.kit import conformance
 from stage1_tokenizer.quantizers.conformance.ranks import in_processes, in_threads
 from stage1_tokenizer.quantizers.conformance.report import Skipped
@@ -70,13 +70,17 @@ def restart_is_whole(s: Subject) -> str | None:
 
 
 def _far_steps(s: Subject, q: Quantizer, c: Comm, first: int, last: int, steps: int, at: float) -> dict[str, Tensor]:
-    """The state after some steps over the samples first ... last - 1 of each batch; one rank's share."""
+    """The state after some steps over the samples first ... last - 1 of each batch, one rank's share, and the last step's gradients of
+    the parameters, summed over the ranks."""
+    gradients = gradients_of(torch.zeros(()), dict(q.named_parameters()))
     for step in range(steps):
         z = (s.batch(70 + step, torch.float64) + at)[first:last]
         if len(z):
-            q(z, rng(step, last - first, first))
+            out = q(z, rng(step, last - first, first))
+            loss = (out.loss + out.z.square().mean()) * (len(z) / SAMPLES)
+            gradients = gradients_of(loss, dict(q.named_parameters()))
         q.update(rng(step, 1), c)
-    return state(q)
+    return state(q) | {name: c.all_reduce_sum_(gradient) for name, gradient in gradients.items()}
 
 
 def _two_ranks(s: Subject, steps: int, at: float, shares: tuple[tuple[int, int], ...] = SHARES) -> tuple[dict[str, Tensor], ...]:

@@ -27,14 +27,17 @@ class Subject:
         traits: what it promises beyond the interface.
         processes: two ranks are real processes.
         vocab: the largest vocabulary of its maps.
+        copies: ``make`` copies one instance.
         grid: of the usual batch of 12 samples, large enough that every code has some use.
+
+    Raises:
+        ValueError: where it has no ``dim`` or no ``level_specs``, without which nothing can be asked of it.
     """
 
-    def __init__(self, name: str, make: Callable[[], Quantizer], traits: Traits, processes: bool) -> None:
-        self.name, self.make, self.traits, self.processes = name, make, traits, processes
+    def __init__(self, name: str, make: Callable[[], Quantizer], traits: Traits, processes: bool, copies: bool = False) -> None:
+        self.name, self.make, self.traits, self.processes, self.copies = name, make, traits, processes, copies
         self._start = self.build()
-        self.dim = self._start.dim
-        self.vocab = max(level.vocab for level in self._start.level_specs("codes", (1,)))
+        self.dim, self.vocab = _sizes(name, self._start)
         self.grid = (math.ceil(min(_MOST_ROWS, max(360, 12 * self.vocab)) / SAMPLES),)
         self._failure: Exception | None = None
         try:
@@ -89,6 +92,31 @@ class Subject:
             start += size
         quantizer.update(rng(step, 1), comm)
         return outs
+
+
+def _sizes(name: str, quantizer: Quantizer) -> tuple[int, int]:
+    """``dim`` and the largest vocabulary."""
+    try:
+        dim, levels = quantizer.dim, quantizer.level_specs("codes", (1,))
+        vocab = max(level.vocab for level in levels)
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}".strip(": ")
+        needed = "the kit begins from dim (the channels of its latents) and level_specs (a LevelSpec for each map of codes)"
+        raise ValueError(f"{name}: {needed}: {why}") from error
+    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+        raise ValueError(f"{name}: dim is {dim!r}; expected the channels of its latents, an int from 1 on")
+    return dim, vocab
+
+
+def unsaved_tensors(quantizer: Quantizer) -> list[str]:
+    """The names of floating-point tensors that it holds, as buffers or plain attributes, and that are in no state dict."""
+    saved = quantizer.state_dict().keys()
+    held = {
+        f"{path}.{name}".lstrip("."): tensor
+        for path, module in quantizer.named_modules()
+        for name, tensor in (*module._buffers.items(), *vars(module).items())
+    }
+    return [name for name, tensor in held.items() if torch.is_tensor(tensor) and tensor.is_floating_point() and name not in saved]
 
 
 def rng(step: int, n: int, start: int = 0) -> StepRng:

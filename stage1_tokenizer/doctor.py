@@ -17,7 +17,7 @@ from pydantic import Field
 
 from intarsia.cli import UserError, load_tree, parse, run_main
 from intarsia.config import Config, ConfigError, Place
-from intarsia.files import finite_or_null, json_bytes, write_atomic
+from intarsia.files import finite_or_null, json_bytes, writable_folder, write_atomic
 from intarsia.hub_files import release_folder
 from intarsia.processes import start
 from stage1_tokenizer.checkup import Checkup, examine
@@ -93,16 +93,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(config.tokenizer)
     if config.out is None and not (folder / "config.yaml").is_file():
         raise ConfigError([f"out: {config.tokenizer} is no run folder; say where to write"])
-    out = Path(config.out) if config.out is not None else folder / "doctor"
+    checked = flags.check or flags.dry_run
+    out = writable_folder(folder / "doctor" if config.out is None else config.out, "out", UserError, make=not checked)
     device = start(config.device, 300.0)
     tokenizer = Tokenizer.from_pretrained(release_folder(config.tokenizer)).to(device)
     source = SOURCES.build(data)
     split = source.split(config.split)
     if source.signal != tokenizer.signal:
         raise ConfigError([f"data: the signals are {source.signal}; the tokenizer takes {tokenizer.signal}"])
-    if flags.check or flags.dry_run:
+    if checked:
         return
-    out.mkdir(parents=True, exist_ok=True)  # what cannot be written to is said before the work
     checkup = examine(tokenizer, objective_of(folder).to(device), split, config.samples)
     print(*page(checkup), sep="\n")
     tree: dict[str, Any] = {

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -140,10 +141,6 @@ class Comparison:
         jobs = self.config.jobs
         return run_command([*arguments, *self.imports], log=self.out / name / "log.txt" if jobs > 1 else None, jobs=jobs)
 
-    def training(self, entry: EntryConfig) -> list[str]:
-        """The command that trains a tokenizer, without its folder and its steps."""
-        return tokenizer_training(self.config, entry)
-
     def plan(self, key: str, seconds: float, entries: Sequence[EntryConfig], training: Callable[[EntryConfig], list[str]]) -> None:
         """Measures how many steps each training gets, and keeps it as ``key``; nothing where that is known already.
 
@@ -166,7 +163,8 @@ class Comparison:
     def train_tokenizer(self, entry: EntryConfig) -> float:
         """Trains one tokenizer for its steps, or for those that are missing; the seconds that it took."""
         run = str(self.out / entry.name / "tokenizer")
-        return self.run(entry.name, [*self.training(entry), "--run", run, "--steps", str(self.result(entry.name)["steps"])])
+        training = tokenizer_training(self.config, entry)
+        return self.run(entry.name, [*training, "--run", run, "--steps", str(self.result(entry.name)["steps"])])
 
     def tokenizer(self, entry: EntryConfig) -> None:
         """Trains and evaluates one tokenizer; nothing where it is done already."""
@@ -273,7 +271,7 @@ def compare(config: CompareConfig, flags: Flags) -> None:
         priors = config.best if config.prior else 0
         print(f"{len(config.quantizers)} quantisers of {config.seconds:g} s, {priors} priors of {config.prior_seconds:g} s")
         return
-    comparison.plan("steps", config.seconds, config.quantizers, comparison.training)
+    comparison.plan("steps", config.seconds, config.quantizers, partial(tokenizer_training, config))
     comparison.each(comparison.tokenizer, config.quantizers)
     if config.prior and (chosen := comparison.chosen()):
         for entry in chosen:

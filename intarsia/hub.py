@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from intarsia.config import Config, ConfigError, hashed
 from intarsia.files import json_bytes, read_json, write_atomic
-from intarsia.hub_files import CARD, CONFIG, WEIGHTS, HubError, check_subfolder, fetch, model_card, push_folder
+from intarsia.hub_files import CARD, CONFIG, WEIGHTS, HubError, check_subfolder, fetch, model_card, push_folder, release_folder
 from intarsia.meta import build_on_meta
 from intarsia.registry import Registry
 from intarsia.tensor_files import TensorFileError, compare, hash_tensors, module_tensors, read_header, read_into, save_tensors
@@ -154,7 +154,8 @@ class Pretrained:
         """The registered class that ``config.json`` names, on the CPU, in eval mode.
 
         Args:
-            path_or_repo: a folder, or a Hub id: ``user/name``, ``user/name@revision``, ``user/name//subfolder``.
+            path_or_repo: a run folder (its ``model/``), the folder of a release, or a Hub id: ``user/name``,
+                ``user/name@revision``, ``user/name//subfolder``.
             subfolder: such as ``priors/0``, below that of the name.
             revision: a commit, branch or tag of the Hub; the weights come from the same commit as the configuration.
             local_files_only: take them from the Hub's cache.
@@ -165,6 +166,7 @@ class Pretrained:
             HubError: a missing file, another format, kind or type, a wrong configuration, tensor or hash, or too many bytes.
         """
         prefix = check_subfolder(subfolder) + "/" if subfolder else ""
+        path_or_repo = path_or_repo if subfolder else release_folder(path_or_repo)
         got = fetch(path_or_repo, [prefix + CONFIG], revision=revision, local_files_only=local_files_only, token=token)
         path = got.folder / (prefix + CONFIG)
         tree = _read_config(path)

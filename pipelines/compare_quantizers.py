@@ -41,6 +41,8 @@ class EntryConfig(Config):
     """How it is called in the table; a folder too."""
     quantizer: QuantizerConfig
     """What is compared."""
+    flags: tuple[str, ...] = ()
+    """Further flags of its training, such as --tokenizer.by_depth=true."""
     ranked: bool = True
     """Takes part in the choice of the best, which get a prior."""
 
@@ -49,7 +51,7 @@ class CompareConfig(Config):
     """Trains and evaluates several quantisers alike."""
 
     tokenizer: str
-    """Configuration of the tokenizer's training; only its quantiser and its steps are replaced."""
+    """Configuration of the tokenizer's training; only its quantiser, its steps and what an entry's flags say are replaced."""
     quantizers: tuple[EntryConfig, ...]
     """What is compared."""
     data: tuple[str, ...] = ()
@@ -83,14 +85,14 @@ class CompareConfig(Config):
 
 def bound(tree: dict[str, Any]) -> dict[str, Any]:
     """Of a configuration what decides the trained tokenizers and their figures; a folder holds those of one."""
-    entries = [{key: entry.get(key) for key in ("name", "quantizer")} for entry in tree.get("quantizers") or ()]
+    entries = [{key: entry.get(key) or [] for key in ("name", "quantizer", "flags")} for entry in tree.get("quantizers") or ()]
     return {key: tree.get(key) for key in ("tokenizer", "data", "split", "seconds")} | {"quantizers": entries}
 
 
 def tokenizer_training(config: CompareConfig, entry: EntryConfig) -> list[str]:
     """The command that trains a tokenizer, without its folder and its steps."""
     tree = yaml_io.dump(entry.quantizer.to_dict())
-    return ["stage1_tokenizer.train", "--config", config.tokenizer, *config.data, f"--tokenizer.quantizer={tree}"]
+    return ["stage1_tokenizer.train", "--config", config.tokenizer, *config.data, f"--tokenizer.quantizer={tree}", *entry.flags]
 
 
 class Comparison:

@@ -154,14 +154,18 @@ class Completions(PipelineParts):
     def inpaint(self, x: Tensor, mask: Tensor, *, blend: int = 0, n: int = 1, **arguments: Any) -> Tensor:
         """``complete``, with the known samples of ``x`` put back: exactly, but for a seam of ``blend`` samples that mixes both.
 
+        The result, (n * rows, C, *axes) on the CPU, has the wider of the dtypes of ``x`` and of ``complete``, in which all values of
+        ``x`` have a place: float64 where ``x`` is, whatever the pipeline computes in.
+
         Args:
             blend: at least 0.
         """
         blend = whole("blend", blend, 0)
         y = self.complete(x, mask, n=n, **arguments)
-        share = generated_share(mask.cpu(), blend).to(y.dtype).repeat_interleave(n, 0)
-        known = x.detach().to("cpu", y.dtype).repeat_interleave(n, 0)
-        return known * (1 - share) + y * share
+        dtype = torch.promote_types(x.dtype, y.dtype)
+        share = generated_share(mask.cpu(), blend).to(dtype).repeat_interleave(n, 0)
+        known = x.detach().to("cpu", dtype).repeat_interleave(n, 0)
+        return known * (1 - share) + y.to(dtype) * share
 
     def outpaint(self, x: Tensor, margins: Sequence[tuple[int, int]], *, blend: int = 0, **arguments: Any) -> Tensor:
         """``inpaint`` of what lies around ``x``, on a canvas of the size that the priors were trained for.

@@ -25,7 +25,6 @@ from pipelines.completion import called
 from pipelines.evaluation.baseline import IndependentCodes
 from pipelines.evaluation.bootstrap import LEVEL, mean_estimate
 from pipelines.evaluation.report import describe_pipeline
-from pipelines.evaluation.sets import BATCH
 from pipelines.evaluation.settings import SplitName, check_fit, check_script, data_name, load_pipeline
 from pipelines.masks import filled, kept_cells
 from pipelines.options import merged_options
@@ -35,6 +34,7 @@ from pipelines.two_stage import TwoStagePipeline
 from stage1_tokenizer.data.base import SOURCES, Source, SourceConfig, Split
 from stage1_tokenizer.data.bundled import BundledConfig
 from stage1_tokenizer.metrics import unit
+from stage1_tokenizer.sizes import rows_at_once
 
 PROGRAM = "python -m pipelines.judge_completions"
 SHOWN = 10
@@ -106,7 +106,7 @@ def encoded(pipeline: TwoStagePipeline, split: Split, rows: Tensor, hidden: Part
         x = unit(split.batch(some)["x"])
         return pipeline.encode(x if hidden is None else filled(x, part_mask(hidden, len(x), pipeline.signal.shape)))
 
-    parts = [[c.cpu() for c in codes(some)] for some in rows.split(BATCH)]
+    parts = [[c.cpu() for c in codes(some)] for some in rows.split(rows_at_once(pipeline.signal, pipeline.tokenizer.config.micro_batch))]
     return [torch.cat(level) for level in zip(*parts, strict=True)][: pipeline.priors[-1].levels.stop]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,7 @@ from pipelines.sampling_config import ALIASES, SamplingConfig
 from pipelines.two_stage import TwoStagePipeline
 
 PROGRAM = "python -m pipelines.sample"
+NUMBER, WHOLE = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)\s*"), re.compile(r"-?\d+")
 
 
 class SampleConfig(Config):
@@ -45,7 +47,8 @@ class SampleConfig(Config):
     columns: Annotated[int | None, Field(ge=1)] = None
     """Columns of a grid (.png); nearly square by default."""
     label: str = ""
-    """Class name or index, several joined by commas to be dealt in turn, or "all"; drawn by the training frequencies where empty."""
+    """Class name, or index where no class has a number for a name; several joined by commas to be dealt in turn, or "all"; drawn by
+    the training frequencies where empty."""
     seed: Seed | None = None
     """A fresh one by default, which is printed."""
     sampling: SamplingConfig = SamplingConfig()
@@ -75,15 +78,21 @@ def device_of(name: str) -> torch.device:
 
 
 def turns(text: str, classes: tuple[str, ...]) -> list[int] | None:
-    """The classes that samples take in turn: one name or index for all, or several. Raises ValueError for an unknown one."""
+    """The classes that samples take in turn: one name or index for all, or several; None for an empty text.
+
+    Where any class has a decimal number for a name, such as "10" or "-0.5", every word is a name: an index would pass for one.
+
+    Raises ValueError for an unknown name, with those that there are, and for an index out of range.
+    """
     if not text:
         return None
     if not classes:
         raise ValueError("label: no prior of this pipeline takes labels")
 
+    numbered = any(NUMBER.fullmatch(name) for name in classes)
+
     def index(word: str) -> int:
-        known = any(word.casefold() == name.casefold() for name in classes)
-        return class_index(int(word) if not known and word.lstrip("-").isdecimal() else word, classes)
+        return class_index(word if numbered or not WHOLE.fullmatch(word) else int(word), classes)
 
     if "," not in text or any(text.casefold() == name.casefold() for name in classes):
         return list(range(len(classes))) if text == "all" and text not in classes else [index(text)]

@@ -17,7 +17,7 @@ from pydantic import Field
 from intarsia.config import Config, ConfigError
 from intarsia.files import atomic, json_bytes, read_json, write_atomic
 from intarsia.hub import default_max_bytes
-from intarsia.hub_files import CARD, CONFIG, HubError, fetch, push_folder, release_folder
+from intarsia.hub_files import CARD, CONFIG, HubError, fetch, push_folder
 from intarsia.tensor_files import module_tensors
 from pipelines.card import PICTURE, card, picture
 from stage1_tokenizer.tokenizers.base import Tokenizer
@@ -59,12 +59,12 @@ class PipelineFile(Config):
 # Parts -------------------------------------------------------------------------------------------------------------
 def load_tokenizer(path_or_repo: str | Path, **source: Any) -> Tokenizer:
     """A tokenizer from a run folder (its ``model/``), the folder of a release, or the Hub; see ``Pretrained.from_pretrained``."""
-    return Tokenizer.from_pretrained(release_folder(path_or_repo), **source)
+    return Tokenizer.from_pretrained(path_or_repo, **source)
 
 
 def load_prior(path_or_repo: str | Path, **source: Any) -> Prior:
     """A prior from a run folder (its ``model/``), the folder of a release, or the Hub; see ``Pretrained.from_pretrained``."""
-    return Prior.from_pretrained(release_folder(path_or_repo), **source)
+    return Prior.from_pretrained(path_or_repo, **source)
 
 
 # Reading -----------------------------------------------------------------------------------------------------------

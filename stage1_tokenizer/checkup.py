@@ -12,6 +12,7 @@ from stage1_tokenizer.data.base import Split
 from stage1_tokenizer.levels import LevelMetrics, partners
 from stage1_tokenizer.metrics import ReconstructionMetrics, code_statistics, unit
 from stage1_tokenizer.objectives.base import Objective
+from stage1_tokenizer.sizes import rows_at_once
 from stage1_tokenizer.symptoms import (
     LatentSums,
     code_vectors,
@@ -25,7 +26,7 @@ from stage1_tokenizer.symptoms import (
 )
 from stage1_tokenizer.tokenizers.base import Tokenizer
 
-BATCH, CURVE, GRADIENT_BATCH, PAIRS = 256, 512, 64, 5
+CURVE, GRADIENT_BATCH, PAIRS = 512, 64, 5
 MOST_COUNTED = 1 << 28  # codes times positions of a level: 2 GB
 
 
@@ -75,9 +76,10 @@ def examine(tokenizer: Tokenizer, objective: Objective, split: Split, samples: i
         raise ValueError(f"tokenizer: a {tokenizer.type_name} does not call one Quantizer for each level, which is what is examined here")
     counts = [torch.zeros(level.vocab, level.positions, dtype=torch.int64) for level in levels]
     sums = [LatentSums() for _ in levels]
-    for part in rows.split(BATCH):
+    at_once = rows_at_once(tokenizer.signal, tokenizer.config.micro_batch)
+    for part in rows.split(at_once):
         look(tokenizer, split.batch(part)["x"].to(tokenizer.device, tokenizer.dtype), counts, sums)
-    shown = rows[torch.linspace(0, len(rows) - 1, min(CURVE, len(rows))).round().long().unique()]
+    shown = rows[torch.linspace(0, len(rows) - 1, min(CURVE, 2 * at_once, len(rows))).round().long().unique()]
     x = split.batch(shown)["x"].to(tokenizer.device, tokenizer.dtype)
     swaps = _swap_costs(tokenizer, x)
 

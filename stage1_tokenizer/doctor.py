@@ -18,7 +18,6 @@ from pydantic import Field
 from intarsia.cli import UserError, load_tree, parse, run_main
 from intarsia.config import Config, ConfigError, Place
 from intarsia.files import finite_or_null, json_bytes, writable_folder, write_atomic
-from intarsia.hub_files import release_folder
 from intarsia.processes import start
 from stage1_tokenizer.checkup import Checkup, examine
 from stage1_tokenizer.data.base import SOURCES, SourceConfig
@@ -96,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     checked = flags.check or flags.dry_run
     out = writable_folder(folder / "doctor" if config.out is None else config.out, "out", UserError, make=not checked)
     device = start(config.device, 300.0)
-    tokenizer = Tokenizer.from_pretrained(release_folder(config.tokenizer)).to(device)
+    tokenizer = Tokenizer.from_pretrained(config.tokenizer).to(device)
     source = SOURCES.build(data)
     split = source.split(config.split)
     if source.signal != tokenizer.signal:

@@ -25,13 +25,13 @@ from intarsia.codes_plan import plan_tree
 from intarsia.config import Config, ConfigError, Place, Seed
 from intarsia.distributed import Comm, comm
 from intarsia.files import DiskFullError
-from intarsia.hub_files import release_folder
 from intarsia.processes import start
 from stage1_tokenizer.data.base import SOURCES, Source, SourceConfig
 from stage1_tokenizer.run_data import check_signal, needed_data, with_run_data
+from stage1_tokenizer.sizes import rows_at_once
 from stage1_tokenizer.tokenizers.base import Tokenizer
 
-CHUNK = 256  # rows that are prepared and encoded at once; codes do not depend on it
+CHUNK = 256  # rows that are prepared and encoded at once, fewer where they are large; codes do not depend on it
 PROGRAM = "python -m stage1_tokenizer.encode"
 
 
@@ -136,10 +136,11 @@ def _encode(
         index, view = (torch.from_numpy(a) for a in shard.rows(len(split)))
         return _batch(split, index[rows], view[rows], seed)
 
+    size = rows_at_once(tokenizer.signal, tokenizer.config.micro_batch, CHUNK)
     chunks = [
-        (shard, slice(start, min(start + CHUNK, shard.stop - shard.start)))
+        (shard, slice(start, min(start + size, shard.stop - shard.start)))
         for shard in shards
-        for start in range(0, shard.stop - shard.start, CHUNK)
+        for start in range(0, shard.stop - shard.start, size)
     ]
     ahead = [reader.submit(read, *chunk) for chunk in chunks[:2]]
     parts: list[list[Tensor]] = []
@@ -188,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.views > 1 and not data.transform.augments:
         raise ConfigError([f"views: {config.views} of data that are not augmented would be alike; set data.transform.flip, shift or crop"])
     device = start(config.device, config.timeout)
-    tokenizer = Tokenizer.from_pretrained(release_folder(config.tokenizer))
+    tokenizer = Tokenizer.from_pretrained(config.tokenizer)
     source = SOURCES.build(data)
     rows = ", ".join(f"{len(source.split(name))} {name}" for name in source.splits)
     if comm.rank == 0:

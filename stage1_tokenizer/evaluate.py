@@ -20,7 +20,6 @@ from intarsia.cli import UserError, parse, run_main
 from intarsia.config import Config, ConfigError, Place
 from intarsia.distributed import Comm, comm
 from intarsia.files import finite_or_null, json_bytes, writable_folder, write_atomic
-from intarsia.hub_files import release_folder
 from intarsia.order import share
 from intarsia.pictures import save_codebook, save_strips
 from intarsia.processes import start
@@ -30,10 +29,10 @@ from stage1_tokenizer.levels import LevelMetrics, partners, prefix_rows, swapped
 from stage1_tokenizer.levels import lines as level_lines
 from stage1_tokenizer.metrics import CodeMetrics, ReconstructionMetrics, unit
 from stage1_tokenizer.run_data import check_signal, needed_data, with_run_data
+from stage1_tokenizer.sizes import rows_at_once
 from stage1_tokenizer.tokenizers.base import Tokenizer
 
 PROGRAM = "python -m stage1_tokenizer.evaluate"
-BATCH = 256  # samples at once; no figure depends on it
 SHOWN_CODES = 4096
 TILE_CELLS, TILE_PIXELS = 2, 8
 
@@ -71,10 +70,10 @@ class Evaluation:
     levels: LevelMetrics | None
 
 
-def _rows(split: Split, comm: Comm) -> Iterator[Tensor]:
-    """This rank's share of a split, as numbers of samples."""
+def _rows(split: Split, size: int, comm: Comm) -> Iterator[Tensor]:
+    """This rank's share of a split, as numbers of samples, ``size`` at a time."""
     mine = share(len(split), comm.rank, comm.world_size)
-    yield from torch.arange(mine.start, mine.stop).split(BATCH) if mine.stop > mine.start else ()
+    yield from torch.arange(mine.start, mine.stop).split(size) if mine.stop > mine.start else ()
 
 
 def evaluate(tokenizer: Tokenizer, split: Split, *, reconstruct: bool = True, comm: Comm = comm) -> Evaluation:
@@ -85,7 +84,7 @@ def evaluate(tokenizer: Tokenizer, split: Split, *, reconstruct: bool = True, co
     """
     metrics, codes = ReconstructionMetrics(tokenizer.device), CodeMetrics(tokenizer.level_specs(), tokenizer.device)
     levels = LevelMetrics(tokenizer, len(split))
-    for rows in _rows(split, comm):
+    for rows in _rows(split, rows_at_once(tokenizer.signal, tokenizer.config.micro_batch), comm):
         x = split.batch(rows)["x"].to(tokenizer.device)
         found = tokenizer.encode(x)
         codes.update(found)
@@ -116,7 +115,7 @@ def decoded_codes(tokenizer: Tokenizer, counts: list[Tensor], level: int, limit:
         size = min(side, max(TILE_PIXELS, TILE_CELLS * side // cells))
         window.append(slice((side - size) // 2, (side - size) // 2 + size))
     tiles = []
-    for part in chosen.split(BATCH):
+    for part in chosen.split(rows_at_once(tokenizer.signal, tokenizer.config.micro_batch)):
         grids = []
         for number, spec in enumerate(specs):
             fill = part if number == level else counts[number].argmax().to(part.device).expand(len(part))
@@ -228,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     data = needed_data(config.data, config.tokenizer)
     out = out_folder(config)
     device = start(config.device, config.timeout)
-    tokenizer = Tokenizer.from_pretrained(release_folder(config.tokenizer))
+    tokenizer = Tokenizer.from_pretrained(config.tokenizer)
     source = SOURCES.build(data)
     if comm.rank == 0:
         rows = ", ".join(f"{len(source.split(name))} {name}" for name in source.splits)

@@ -1,4 +1,6 @@
-"""How large a tokenizer is, counted on the meta device: its parts, its grids and codes, what training keeps of each sample."""
+"""How large a tokenizer is, counted on the meta device: its parts, its grids and codes, what training keeps of each sample;
+and how many signals a pass over data takes at once.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,27 @@ from torch import Tensor, nn
 from intarsia.machine import tensor_bytes
 from intarsia.rng import StepRng
 from intarsia.run_config import OptimConfig
+from intarsia.specs import SignalSpec
 from intarsia.stepping import state_bytes
 from stage1_tokenizer.levels import prefix_names
 from stage1_tokenizer.quantizers.base import Quantized, Quantizer
 from stage1_tokenizer.tokenizers.base import Tokenizer
+
+NUMBERS_AT_ONCE = 1 << 25  # of signals: 128 MiB in float32, of which a pass with figures holds about ten at a time
+
+
+def rows_at_once(signal: SignalSpec, micro_batch: int = 1, most: int = 256) -> int:
+    """How many signals a pass over data reads, encodes or compares at once; no figure and no file depends on it.
+
+    Args:
+        micro_batch: of the tokenizer that takes them: it pads what is no whole one.
+        most: at least 1; that many where they are small: 256 images up to 3 x 209 x 209.
+
+    Returns:
+        ``most``, or what ``NUMBERS_AT_ONCE`` allows where that is less, in whole micro-batches and at least one of them.
+    """
+    fitting = NUMBERS_AT_ONCE // (signal.channels * math.prod(signal.shape))
+    return most if fitting >= most else min(most, max(1, fitting // micro_batch) * micro_batch)
 
 
 def parts(tokenizer: Tokenizer) -> dict[str, int]:

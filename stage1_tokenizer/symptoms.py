@@ -95,14 +95,15 @@ def share_tables(levels: Sequence[tuple[Tensor, Quantizer]]) -> list[tuple[Tenso
 
 def nearest_codes(vectors: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
     """For each row of (N, D): the index into ``among`` (M,) of row numbers, and the distance, of the nearest other or same row."""
-    found = [torch.cdist(part, vectors[among]).min(1) for part in vectors.split(ROWS)]
-    return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
+    rows = _for_distances(vectors)
+    found = [torch.cdist(part, rows[among]).min(1) for part in rows.split(ROWS)]
+    return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found]).to(vectors.dtype)
 
 
 def nearest_pairs(vectors: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
     """Of the used codes: (n, 2) pairs (code, nearest other used code), nearest first, and their distances (n,)."""
     rows = used.nonzero()[:, 0]
-    chosen = vectors[rows]
+    chosen = _for_distances(vectors[rows])
     best: list[Tensor] = []
     for start in range(0, len(rows), ROWS):
         distance = torch.cdist(chosen[start : start + ROWS], chosen)
@@ -113,7 +114,13 @@ def nearest_pairs(vectors: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
     table = torch.cat(best)
     pairs = torch.stack([rows, rows[table[:, 1].long()]], 1)
     order = table[:, 0].argsort()
-    return pairs[order], table[order, 0]
+    return pairs[order], table[order, 0].to(vectors.dtype)
+
+
+def _for_distances(vectors: Tensor) -> Tensor:
+    """(N, D) float64 about their mean: ``cdist`` takes differences of squares, which at a large offset leave nothing of a distance."""
+    vectors = vectors.double()
+    return vectors - vectors.mean(0)
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from intarsia.cli import Flags, parse, run_main
 from intarsia.config import Config, ConfigError, Place, differences
-from intarsia.hub_files import release_folder
 from intarsia.machine import env_rank
 from intarsia.meta import build_on_meta
 from intarsia.pictures import save_strips
@@ -185,7 +184,7 @@ def start(run: Run, config: TokenizerTrainConfig, tokenizer: Tokenizer, data: Lo
         ConfigError: where ``init`` is of another configuration or takes other signals.
     """
     if config.init is not None:
-        release = Tokenizer.from_pretrained(release_folder(config.init))
+        release = Tokenizer.from_pretrained(config.init)
         found = [("tokenizer." + path, old, new) for path, old, new in differences(release.config, config.tokenizer)]
         if release.signal != tokenizer.signal:
             found.append(("data", release.signal, tokenizer.signal))

@@ -66,6 +66,30 @@ def check_known(known: tuple[Sequence[Tensor], Sequence[Tensor]], levels: Sequen
     return kept, list(keep)
 
 
+def check_kept(found: Sequence[Tensor], codes: Sequence[Tensor], keep: Sequence[Tensor], levels: Sequence[LevelSpec], who: str) -> None:
+    """Raises ValueError, naming ``who``, where the codes that it drew are not those of ``codes`` wherever ``keep`` is True.
+
+    Args:
+        found, codes, keep: one tensor (n, *shape) of each per level: int64, int64 and bool (one host sync per level).
+    """
+    for drawn, code, mask, level in zip(found, codes, keep, levels, strict=True):
+        changed = (drawn != code.to(drawn.device)) & mask.to(drawn.device)
+        if changed.any():
+            count, row = int(changed.sum()), int(changed.flatten(1).any(1).nonzero()[0])
+            where = f"{count} kept codes of level {level.name!r}, the first of them of sample {row}"
+            raise ValueError(f"known: {who} changed {where}; its _sample has to keep all")
+
+
+def check_guidance(guidance: Any, conditional: bool, has_null: bool, labelled: bool) -> None:
+    """Raises ValueError where a prior cannot be guided by ``guidance``, which is on: it needs conditions, a null and a label."""
+    if not conditional:
+        raise ValueError(f"guidance: {guidance}; a prior without conditions has only 1 (off)")
+    if not has_null:
+        raise ValueError(f"guidance: {guidance}; this prior was trained with cond_dropout 0 and has only 1 (off)")
+    if not labelled:
+        raise ValueError(f"guidance: {guidance} needs a label to guide to; expected 1 (off) without one")
+
+
 def check_label(label: Any, n: int, classes: int, *, values: bool = True) -> None:
     """Raises ValueError where ``label`` is no int64 tensor (n,) in [0, classes)."""
     if not isinstance(label, Tensor) or label.dtype != torch.int64 or label.shape != (n,):

@@ -20,7 +20,7 @@ from intarsia.codes import CodesDataset, CodesError
 from intarsia.config import Config, ConfigError, Place
 from intarsia.distributed import Comm, comm
 from intarsia.files import finite_or_null, json_bytes, writable_folder, write_atomic
-from intarsia.hub_files import check_source, release_folder
+from intarsia.hub_files import check_source
 from intarsia.padded import padded_batches
 from intarsia.processes import start
 from intarsia.rng import StepRng
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     device = start(config.device, config.timeout)
     checked = flags.check or flags.dry_run
     writable_folder(out.parent, "out", UserError, make=comm.rank == 0 and not checked)
-    prior = Prior.from_pretrained(release_folder(config.prior))
+    prior = Prior.from_pretrained(config.prior)
     data = CodesDataset(config.codes, config.split, prior.spec)
     check_classes(prior, data)
     asked = [name for name, _ in modes(prior, data)]  # raises for what cannot be measured

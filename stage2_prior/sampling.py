@@ -29,7 +29,8 @@ LEAST_TEMPERATURE = 1e-6
 
 @dataclass(frozen=True)
 class Guidance:
-    """Guidance that changes along the way, from ``start`` at the first draw of a level to ``stop`` at its last.
+    """Guidance that changes along the way, from ``start`` at a sample's first draw of a level to ``stop`` at its last: codes that are
+    known are not drawn, and do not count.
 
     Attributes:
         shape: linear, or cosine: start + (stop - start) (1 - cos(pi u)) / 2, slow at both ends.
@@ -102,13 +103,35 @@ class DrawOptions:
         """g at ``progress`` in [0, 1] of the way through a level's draws."""
         return self.guidance.at(progress) if isinstance(self.guidance, Guidance) else float(self.guidance)
 
+    def guidance_along(self, progress: Tensor) -> float | Tensor:
+        """``guidance_at`` of each entry, of the shape and dtype of ``progress``; a number where it does not change."""
+        return self.guidance.along(progress) if isinstance(self.guidance, Guidance) else float(self.guidance)
+
     def check_vocab(self, vocab: int, level: str = "codes") -> None:
         """Raises ValueError where top_k asks for more codes than ``level`` has."""
         if self.top_k is not None and self.top_k > vocab:
             raise ValueError(f"top_k: {self.top_k}; expected at most the vocabulary of level {level!r}, {vocab}")
 
 
-def choose_options(kind: type[Any], given: Mapping[str, Any], who: str, levels: Sequence[str]) -> tuple[Any, ...]:
+def check_options_class(kind: Any, owner: str) -> None:
+    """Raises ValueError, naming ``owner``, where its ``Options`` are no ``DrawOptions``: a pipeline checks and draws by what those have."""
+    if not (isinstance(kind, type) and issubclass(kind, DrawOptions)):
+        found = kind.__name__ if isinstance(kind, type) else repr(kind)
+        raise ValueError(f"{owner}.Options: {found}; expected stage2_prior.sampling.DrawOptions, or a dataclass derived from it")
+
+
+def open_progress(keep: Tensor) -> Tensor:
+    """(B, N) float64 in [0, 1]: how far each position is on the way from a sample's first open one, where it is 0, to its last, where it
+    is 1. One open position alone is a first one.
+
+    Args:
+        keep: (B, N) bool, False where a position is open, in the order in which they are drawn.
+    """
+    open_ = ~keep
+    return ((open_.cumsum(1) - 1).double() / (open_.sum(1, keepdim=True) - 1).clamp(min=1)).clamp(0, 1)
+
+
+def choose_options(kind: type[DrawOptions], given: Mapping[str, Any], who: str, levels: Sequence[str]) -> tuple[Any, ...]:
     """``kind`` with the values of ``given``, one for each of ``levels``.
 
     Args:
@@ -150,10 +173,10 @@ def guide(cond: Tensor, null: Tensor, guidance: float | Tensor) -> Tensor:
     """Classifier-free guidance (Ho and Salimans 2022) in logits: null + g (cond - null); exactly cond for g = 1.
 
     Args:
-        guidance: g, or one for each row in a tensor that broadcasts.
+        guidance: g, or one for each row in a tensor that broadcasts, of the logits' dtype or wider: the result keeps the logits'.
     """
     if isinstance(guidance, Tensor):
-        return torch.where(guidance == 1, cond, null + guidance * (cond - null))
+        return torch.where(guidance == 1, cond, null + (guidance * (cond - null)).to(cond.dtype))
     return cond if guidance == 1 else null + guidance * (cond - null)
 
 

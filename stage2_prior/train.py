@@ -15,7 +15,6 @@ from pydantic import Field
 from intarsia.cli import Flags, parse, run_main
 from intarsia.codes import CodesDataset, CodesError, check_match
 from intarsia.config import ConfigError, Place, differences
-from intarsia.hub_files import release_folder
 from intarsia.machine import env_rank, tensor_bytes
 from intarsia.meta import build_on_meta
 from intarsia.rng import StepRng
@@ -109,7 +108,7 @@ def start(run: Run, config: PriorTrainConfig, prior: Prior) -> None:
     """
     if config.init is None:
         return
-    release = Prior.from_pretrained(release_folder(config.init))
+    release = Prior.from_pretrained(config.init)
     found = [("prior." + path, old, new) for path, old, new in differences(release.config, config.prior) if path not in FREE_FROM_INIT]
     if found:
         raise ConfigError([f"{path}: {new!r}, but init ({config.init}) was made with {old!r}" for path, old, new in found])

@@ -43,6 +43,22 @@ class LossOverTheSum(PlainVQ):
         return BETA * (rows - chosen.detach()).square().sum(-1)
 
 
+@fault("loss_terms")
+class AnotherLossInEvaluation(PlainVQ):
+    """Eval mode has another weight of the commitment term."""
+
+    def loss(self, rows, chosen):
+        return super().loss(rows, chosen) * (1 if self.training else 2)
+
+
+@fault("gradient_of_z")
+class NoGradientInEvaluation(PlainVQ):
+    """In eval mode z is looked up, and no gradient reaches the latents."""
+
+    def through(self, z, z_q):
+        return super().through(z, z_q) if self.training else z_q
+
+
 @fault("gradient_of_z")
 class GradientOnceMore(PlainVQ):
     """z + (z_q - z) with the detach at the wrong place: the encoder gets twice the gradient."""
@@ -127,6 +143,23 @@ class RestartOfTheVectorOnly(PlainVQ):
         self.codebook.copy_(torch.where(dead[:, None], latent, self.codebook))
 
 
+@fault("restart_is_whole")
+class SumOfTheLatentOnce(PlainVQ):
+    """The sum of a restarted code is its latent once, whatever its count."""
+
+    def restart(self, dead, latent):
+        super().restart(dead, latent)
+        self.sums.copy_(torch.where(dead[:, None], latent, self.sums))
+
+
+@fault("restart_is_whole")
+class OneLatentForAll(PlainVQ):
+    """All dead codes of a step restart at one and the same latent."""
+
+    def restart(self, dead, latent):
+        super().restart(dead, latent[:1].expand_as(latent))
+
+
 @fault("restart_raises_usage")
 class RestartOfTheCountOnly(PlainVQ):
     """The code counts as alive again and stays where it was."""
@@ -198,6 +231,33 @@ class FlatCodes(PlainVQ):
         return Quantized(out.z, (out.codes[0].flatten(1),), out.loss)
 
 
+@fault("shapes")
+class SqueezedSample(PlainVQ):
+    """The codes of a batch of one have lost its axis."""
+
+    def forward(self, z, rng=None, active=None):
+        out = super().forward(z, rng, active)
+        return Quantized(out.z, (out.codes[0].squeeze(0),), out.loss)
+
+
+@fault("shapes")
+class SqueezedPosition(PlainVQ):
+    """The codes of a grid of one position have lost its axis."""
+
+    def forward(self, z, rng=None, active=None):
+        out = super().forward(z, rng, active)
+        return Quantized(out.z, (out.codes[0].squeeze(-1),), out.loss)
+
+
+@fault("nearest")
+class SquaresFarOff(PlainVQ):
+    """Distances from squares and a product in float32, wherever the latents lie."""
+
+    def choose(self, rows):
+        e = self.codebook.to(rows.dtype)
+        return (e.square().sum(1) - 2 * rows @ e.T).argmin(1)
+
+
 @fault("nearest")
 class HalfArgmin(PlainVQ):
     """Distances in bf16."""
@@ -211,8 +271,7 @@ class HalfInput(PlainVQ):
     """Latents stay in the precision that they come in, where their squares overflow."""
 
     def choose(self, rows):
-        e = self.codebook.to(rows.dtype)
-        return (rows.square().sum(1)[:, None] - 2 * rows @ e.T + e.square().sum(1)).argmin(1)
+        return (rows[:, None] - self.codebook.to(rows.dtype)).square().sum(2).argmin(1)
 
     def widen(self, z):
         return z.half().float() if z.dtype == torch.float16 else z
@@ -244,6 +303,16 @@ class NaNPoisons(PlainVQ):
 
     def note(self, rows, codes, counted, rng, finite):
         self.micro.append(self.statistics(rows, codes, counted, rng))
+
+
+@fault("bad_latents")
+class FlagOfTheLast(PlainVQ):
+    """The finite flag tells of the last micro-batch only."""
+
+    def forward(self, z, rng=None, active=None):
+        if self.training:
+            self.flag = torch.tensor(True)
+        return super().forward(z, rng, active)
 
 
 @fault("bad_latents")
@@ -320,3 +389,34 @@ class MeanOfTheActive(PlainVQ):
 
     def average(self, per_row, counted):
         return per_row[counted].mean()
+
+
+@fault("inactive")
+class InactiveRestart(PlainVQ):
+    """Dead codes restart at latents of inactive samples, too."""
+
+    def statistics(self, rows, codes, counted, rng):
+        n, m, _, _ = super().statistics(rows, codes, counted, rng)
+        _, _, least, latent = super().statistics(rows, codes, torch.ones_like(counted), rng)
+        return n, m, least, latent
+
+
+@fault("inactive")
+class InactiveGradient(PlainVQ):
+    """The loss leaves inactive samples out, its gradient does not."""
+
+    def average(self, per_row, counted):
+        whole = per_row.mean()
+        return whole + (super().average(per_row, counted) - whole).detach()
+
+
+@fault("inactive")
+class InactiveLeftOut(PlainVQ):
+    """Inactive samples are not quantised: z is 0 and so are their codes."""
+
+    def forward(self, z, rng=None, active=None):
+        out = super().forward(z, rng, active)
+        if active is None:
+            return out
+        keep = active.view(-1, *[1] * (z.ndim - 1))
+        return Quantized(torch.where(keep, out.z, 0.0), (torch.where(keep[:, 0], out.codes[0], 0),), out.loss)

@@ -122,6 +122,8 @@ class PlainVQ(Quantizer):
         self.discard()
         self.average_in(n, m)
         dead = self.counts < DEAD * self.counts.mean()
+        twice = (latent[:, None] == latent).all(2).tril(-1).any(1)  # their codes wait for the next step
+        dead = dead & ~twice
         self.restart(dead, latent)
         return {"restarts": dead.sum().float()}
 

@@ -56,9 +56,10 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def config(out: Path, **changes: object) -> CompareConfig:
+    several = ResidualConfig(stages=2, dropout=0.5, inner=VQConfig(codes=16, dim=4))
     entries = (
         EntryConfig(name="one", quantizer=VQConfig(codes=16, dim=4)),
-        EntryConfig(name="two", quantizer=ResidualConfig(stages=2, dropout=0.5, inner=VQConfig(codes=16, dim=4))),
+        EntryConfig(name="two", quantizer=several, flags=("--tokenizer.by_depth=true",)),
     )
     values = {"tokenizer": "fashion/vqvae", "quantizers": entries, "data": SMALL + QUICK, "split": "validation", "seconds": 1.0}
     return CompareConfig(**(values | {"out": str(out)} | changes))  # type: ignore[arg-type]
@@ -74,6 +75,8 @@ def test_every_quantiser_is_trained_and_evaluated_once(tmp_path: Path, called: l
     assert f"| two | {found['reconstruction']['psnr']:.2f} |" in table
     assert len(found["prefixes"]) == 1 and len(found["codes"]["validation"]) == 2
     assert (tmp_path / "c" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    told = [yaml_io.load((tmp_path / "c" / name / "tokenizer/config.yaml").read_text())["tokenizer"]["by_depth"] for name in results]
+    assert told == [False, True]
     called.clear()
     compare(config(tmp_path / "c"), Flags())
     assert called == []

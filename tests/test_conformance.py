@@ -38,6 +38,8 @@ CONFIGS: dict[str, QuantizerConfig] = {
     "vq/cosine": SMALL.replace(cosine=True),
     "vq/rotation": SMALL.replace(estimator="rotation"),
     "vq/no restart": SMALL.replace(restart=0.0),
+    "vq/grow": SMALL.replace(grow=(1000, 2000)),
+    "vq/no memory": VQConfig(codes=12, dim=4, decay=0.0),
     "gumbel": GumbelConfig(codes=16, dim=4),
     "gumbel/soft": GumbelConfig(codes=16, dim=4, hard=False),
     "simvq": SimVQConfig(codes=16, dim=4),
@@ -48,6 +50,7 @@ CONFIGS: dict[str, QuantizerConfig] = {
     "product": ProductConfig(groups=2, inner=SMALL),
     "product/fsq": ProductConfig(groups=2, inner=FSQConfig(levels=(5, 4))),
     "residual": ResidualConfig(stages=3, inner=SMALL, dropout=0.5),
+    "residual/shallow": ResidualConfig(stages=3, inner=SMALL, dropout=0.5, shallow_gradient=0.25),
     "residual/shared": ResidualConfig(stages=2, inner=SMALL, shared=True),
     "residual/fsq": ResidualConfig(stages=2, inner=FSQConfig(levels=(5, 5))),
     "residual/lfq": ResidualConfig(stages=3, inner=LFQConfig(bits=4), shared=True, dropout=1.0),
@@ -357,6 +360,40 @@ def test_a_correct_layer_from_elsewhere_passes_without_traits() -> None:
 
     report = check(lambda: Adapter(Layer(), 4, (16,), quantize, decode))
     assert report.ok, report
+
+
+def test_an_adapter_refuses_another_number_of_maps_than_its_layer_has() -> None:
+    """By the recipe of the document: the layer is asked for the first map, and sees no other."""
+    adapter = Adapter(torch.nn.Embedding(16, 4), 4, (16,), lambda layer, z: (z, (), z.sum()), lambda layer, codes: layer(codes[0]))
+    code = torch.zeros(2, 3, dtype=torch.int64)
+    assert adapter.decode((code,)).shape == (2, 4, 3)
+    for codes in ((), (code, code)):
+        with pytest.raises(ValueError, match=f"codes: {len(codes)} maps; it decodes 1"):
+            adapter.decode(codes)
+    stages = residual_with_dropout(dropout=True)
+    assert stages.decode((code,)).shape == stages.decode((code, code)).shape
+    with pytest.raises(ValueError, match="codes: 3 maps; it decodes 1, 2"):
+        stages.decode((code, code, code))
+
+
+class Lost(PlainVQ):
+    """A batch of one has codes that would be compared by broadcasting."""
+
+    def forward(self, z: Any, rng: Any = None, active: Any = None) -> Quantized:
+        out = super().forward(z, rng, active)
+        return Quantized(out.z, tuple(c.squeeze(0) for c in out.codes), out.loss)
+
+
+def test_codes_are_compared_shape_by_shape() -> None:
+    with pytest.raises(Violation, match=r"codes of 1 samples: shape \(1667,\); expected \(1, 1667\)"):
+        CHECKS["neighbours"].run(Subject("lost", Lost, TRAITS, processes=False))
+
+
+def test_latents_off_the_origin_are_judged_about_a_codebook_that_was_set_there() -> None:
+    report = check(lambda: QUANTIZERS.build(GumbelConfig(codes=16, dim=4)), only=("nearest",))
+    assert report.ok and not report.skipped, report
+    placed = Subject("vq", lambda: VQ(SMALL), traits_of(VQ(SMALL)), processes=False).placed(300.0)
+    assert not placed.training and (placed.codebook - 300).abs().max() < 5
 
 
 @pytest.mark.parametrize("name", ["vq", "residual/lfq"])

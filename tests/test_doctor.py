@@ -25,7 +25,7 @@ from stage1_tokenizer.quantizers.fsq import FSQConfig
 from stage1_tokenizer.quantizers.lfq import LFQConfig
 from stage1_tokenizer.quantizers.residual import ResidualConfig
 from stage1_tokenizer.quantizers.vq import VQ, VQConfig
-from stage1_tokenizer.symptoms import code_vectors, entropy_bits, nearest_pairs
+from stage1_tokenizer.symptoms import code_vectors, entropy_bits, nearest_codes, nearest_pairs
 from stage1_tokenizer.tokenizers.base import Tokenizer, TokenizerConfig
 from tests.training import HIERARCHY, TOKENIZER, ToyConfig, bars, run_training, tiny
 
@@ -89,6 +89,18 @@ def test_nearest_pairs_leave_out_unused_codes_and_the_code_itself() -> None:
     pairs, distance = nearest_pairs(vectors, torch.tensor([True, True, True, True, False]))
     assert pairs.tolist()[:2] == [[1, 2], [2, 1]] and distance[0].item() == pytest.approx(0.1, abs=1e-6)
     assert sorted(p[0] for p in pairs.tolist()) == [0, 1, 2, 3]
+
+
+def test_nearest_codes_are_so_far_from_the_origin_too() -> None:
+    vectors = 300 + 0.1 * torch.randn(512, 32, generator=torch.Generator().manual_seed(0))
+    distance = torch.cdist(vectors.double(), vectors.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    codes, among = nearest_codes(vectors, torch.arange(0, 512, 2))
+    assert torch.equal(codes, distance[:, ::2].argmin(1)) and among.dtype == vectors.dtype
+    torch.testing.assert_close(among, distance[:, ::2].amin(1).float(), rtol=1e-4, atol=1e-6)
+    distance.fill_diagonal_(math.inf)
+    pairs, found = nearest_pairs(vectors, torch.ones(512, dtype=torch.bool))
+    assert torch.equal(pairs[:, 1], distance.argmin(1)[pairs[:, 0]])
+    torch.testing.assert_close(found, distance.amin(1)[pairs[:, 0]].float(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,17 @@ def test_codes_do_not_depend_on_shards_and_chunks(tmp_path: Path, monkeypatch: p
     assert np.array_equal(a.codes[0], b.codes[0]) and np.array_equal(a.label, b.label)
 
 
+def test_large_signals_are_encoded_a_few_at_a_time_into_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, taken = tokenizer(), list[int]()
+    dump_codes(model, Memory(), tmp_path / "a", shard_rows=16)
+    encoded = model.encode
+    monkeypatch.setattr(model, "encode", lambda x: taken.append(len(x)) or encoded(x))
+    monkeypatch.setattr("stage1_tokenizer.sizes.NUMBERS_AT_ONCE", 10 * 8 * 8)  # two micro-batches of 4 fit
+    dump_codes(model, Memory(), tmp_path / "b", shard_rows=16)
+    assert sorted(taken) == [5, 6, 8, 8], "of 21 and 6 samples in shards of at most 16"
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
 def test_two_ranks_write_the_bytes_of_one(tmp_path: Path, ranks: Callable[..., list[Any]]) -> None:
     model = tokenizer()
     dump_codes(model, Memory(shift=1), tmp_path / "one", views=2, shard_rows=8)

@@ -288,7 +288,7 @@ def test_reference_rows_hold_the_classes_in_turn_and_too_few_are_named():
         choose_rows(split, 100, 0, 5)
 
 
-def test_sets_are_measured_in_batches_and_keep_only_what_they_are_asked_for():
+def test_sets_are_measured_in_batches_and_keep_only_what_they_are_asked_for(monkeypatch):
     model, split = feature_model(), Blobs(train=300).split("train")
     x = unit(split.batch(torch.arange(300))["x"])
     found = measure("real", real_batches(split), model, pixels=True, images=7)
@@ -296,9 +296,14 @@ def test_sets_are_measured_in_batches_and_keep_only_what_they_are_asked_for():
     assert found.images.dtype == torch.uint8 and torch.equal(found.images, (x[:7] * 255).round().to(torch.uint8))
     kept = measure("real", real_batches(split), model, images=290).images
     assert torch.equal(kept, (x[:290] * 255).round().to(torch.uint8)), "several batches"
-    streamed = measure("samples", in_batches(enumerate(x), split.labels), model)
+    streamed = measure("samples", in_batches(enumerate(x), split.labels, split.signal), model)
     assert torch.equal(streamed.features, found.features) and torch.equal(streamed.labels, split.labels)
     assert streamed.pixels is None and streamed.images is None
+    monkeypatch.setattr("stage1_tokenizer.sizes.NUMBERS_AT_ONCE", 100 * x[0].numel())
+    for batches in (real_batches(split), in_batches(enumerate(x), split.labels, split.signal)):
+        images, labels = zip(*batches, strict=True)
+        assert [len(part) for part in images] == [100, 100, 100], "large images come a few at a time"
+        assert torch.equal(torch.cat(images), x) and torch.equal(torch.cat(labels), split.labels)
     with pytest.raises(ValueError, match="the set holds no images"):
         measure("none", [], model)
 

@@ -69,6 +69,22 @@ def test_the_figures_without_near_duplicates_are_those_of_the_images_that_are_le
     assert found["psnr"] == pytest.approx(psnr(unit(x), unit(tokenizer.decode(tokenizer.encode(x)))).mean().item(), abs=1e-9)
 
 
+def test_large_signals_are_taken_a_few_at_a_time_and_give_the_same_figures(monkeypatch, ladder):
+    split = ArraySplit(torch.randint(0, 256, (70, 1, 32, 32)).to(torch.uint8).numpy(), None, TransformConfig(), torch.arange(70))
+    whole = evaluate(ladder, split)
+    taken = []
+    batch = ArraySplit.batch
+    monkeypatch.setattr(ArraySplit, "batch", lambda self, rows, *given: taken.append(len(rows)) or batch(self, rows, *given))
+    monkeypatch.setattr("stage1_tokenizer.sizes.NUMBERS_AT_ONCE", 40 * 32 * 32)
+    parts = evaluate(ladder, split)
+    assert taken == [32, 32, 32, 32, 6, 6], "each with the samples that it swaps codes with"
+    assert parts.reconstruction.compute() == pytest.approx(whole.reconstruction.compute(), rel=1e-12)
+    assert parts.codes.compute() == whole.codes.compute()
+    quality, codes = whole.reconstruction.compute()["psnr"], whole.codes.compute()
+    for some, all_ in zip(parts.levels.compute(quality, codes), whole.levels.compute(quality, codes), strict=True):
+        assert [each.psnr for each in some] == pytest.approx([each.psnr for each in all_], rel=1e-12)
+
+
 def test_the_same_split_twice_is_counted_once():
     tokenizer, source = tiny.tokenizer(), Noise()
     tree, counts = report(tokenizer, source, "train")

@@ -58,6 +58,17 @@ def test_afterwards_the_likeliest_code_is_chosen(logits: str) -> None:
         assert torch.equal(q(z).codes[0].flatten(), q.head(rows).argmax(1))
 
 
+def test_far_from_the_origin_the_nearest_code_is_chosen_and_the_divergence_is_that_of_the_distances() -> None:
+    z = 100 + 0.1 * torch.randn(32, 32, 16)
+    rows = z.movedim(1, -1).reshape(-1, 32)
+    q = QUANTIZERS.build(GumbelConfig(codes=64, dim=32))
+    q.initialize(rows, step_rng(0, 1))
+    distance = torch.cdist(rows.double(), q.codebook.detach().double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    assert torch.equal(q.eval()(z).codes[0].flatten(), distance.argmin(1))
+    log_p = torch.log_softmax(-16 * distance, 1)
+    assert q(z).stats["kl"].item() == pytest.approx(((log_p.exp() * log_p).sum(1).mean() + math.log(64)).item(), rel=1e-4)
+
+
 def test_codes_are_drawn_by_the_softmax_of_the_logits() -> None:
     """Gumbel-max: chi-square over 40,000 draws at one latent; 7 degrees of freedom, 0.1 % at 24.3."""
     q = built(kl=0.0)

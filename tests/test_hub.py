@@ -179,6 +179,7 @@ def test_the_release_of_a_run_folder_is_its_model(tmp_path: Path) -> None:
     built().save_pretrained(tmp_path / "model")
     assert release_folder(tmp_path) == str(tmp_path / "model")
     assert release_folder(tmp_path / "model") == str(tmp_path / "model")
+    assert Toy.from_pretrained(tmp_path).weights_sha256 == Toy.from_pretrained(tmp_path / "model").weights_sha256
     for name in ("user/name", "user/name@v1", "user/name//tokenizer"):
         assert release_folder(name) == name
     (tmp_path / "begun").mkdir()

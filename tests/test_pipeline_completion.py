@@ -169,6 +169,14 @@ def test_inpainting_puts_the_known_pixels_back_exactly(pipelines: dict[str, TwoS
     assert torch.equal(found[known], x.repeat_interleave(2, 0)[known]) and torch.equal(found[open_], drawn[open_])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_what_is_put_back_keeps_the_bits_of_any_dtype(pipelines: dict[str, TwoStagePipeline], dtype: torch.dtype) -> None:
+    x, mask, wide = images(4).double().mul(1 / 3).to(dtype), spots(4), torch.promote_types(dtype, torch.float32)
+    found = pipelines["parallel"].inpaint(x, mask, label=1, seed=0)
+    assert found.dtype == wide and torch.equal(found[~mask], x[~mask].to(wide)) and torch.equal(found[~mask].to(dtype), x[~mask])
+    assert pipelines["parallel"].outpaint(x[:, :, :4], [(0, 4), (0, 0)], label=1, seed=0).dtype == wide
+
+
 def test_a_blended_seam_falls_linearly_outside_of_the_mask_and_leaves_the_rest_exact(pipelines: dict[str, TwoStagePipeline]) -> None:
     mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
     mask[..., 3, 4] = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from pipelines.evaluate import EvaluateConfig
 from pipelines.options import merged_options, route_options
 from pipelines.sample import SampleConfig
 from pipelines.sampling_config import ALIASES, SamplingConfig
-from stage2_prior.priors.base import PRIORS
-from stage2_prior.sampling import Guidance
+from stage2_prior.priors.base import PRIORS, Prior
+from stage2_prior.priors.gpt import GPTConfig, GPTPrior
+from stage2_prior.sampling import DrawOptions, Guidance
 from tests import tiny_pipelines as tiny
 
 ladders = tiny.ladders  # a fixture
@@ -199,3 +201,25 @@ def test_every_option_of_every_prior_has_a_flag() -> None:
 
     names = {field.name for kind in PRIORS.names() for field in fields(PRIORS.get(kind).Options)}
     assert names == set(SamplingConfig.model_fields)
+
+
+def test_a_prior_may_have_words_of_its_own_and_a_foreign_class_of_options_is_refused_where_it_is_defined() -> None:
+    @dataclass(frozen=True)
+    class Sharper(DrawOptions):
+        power: int = 1
+
+    class Own(GPTPrior):
+        Options = Sharper
+
+    tokenizer = tiny.tokenizer()
+    prior = Own(GPTConfig(width=16, depth=1, heads=2), tiny.codes_spec(tokenizer))
+    pipeline = TwoStagePipeline(tokenizer, [prior], defaults={"power": 3})
+    assert prior.check_options({"power": 2})[0].power == 2 and pipeline.sample(1, seed=0, power=2).shape == (1, 1, 8, 8)
+
+    @dataclass(frozen=True)
+    class Foreign:
+        power: int = 1
+
+    for kind, name in ((Foreign, "Foreign"), (Sharper(), "Sharper")):
+        with pytest.raises(ValueError, match=rf"Wrong.Options: .*{name}.*; expected stage2_prior.sampling.DrawOptions, or a dataclass"):
+            type("Wrong", (Prior,), {"Options": kind})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,17 @@ def test_the_loss_is_the_papers_sum_over_partial_sums() -> None:
     expected = 0.25 * sum((z - p).square().mean() for p in partial)
     torch.testing.assert_close(out.loss, expected)
     torch.testing.assert_close(*(torch.autograd.grad(loss, z, retain_graph=True)[0] for loss in (out.loss, expected)))
+
+
+@pytest.mark.parametrize("stages", [2, 8])
+def test_the_loss_of_magnified_stages_is_the_papers_too(stages: int) -> None:
+    q = built(LFQConfig(bits=4, entropy=0.0), stages=stages)
+    z = torch.randn(64, 4, 16, requires_grad=True)
+    out = q(z, rng(0, 64))
+    partial = torch.stack([q.part(i).decode((codes,)) * 2.0**-i for i, codes in enumerate(out.codes)]).cumsum(0)
+    expected = 0.25 * sum((z - p).square().mean() for p in partial)
+    torch.testing.assert_close(out.loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, z, retain_graph=True)[0] for loss in (out.loss, expected)), rtol=1e-4, atol=1e-8)
 
 
 def test_the_encoder_gets_the_gradient_once_not_once_per_stage() -> None:
@@ -318,3 +330,35 @@ def test_a_gpt_over_all_depths_or_the_first_two_makes_a_pipeline() -> None:
         x = pipeline.sample(5, seed=0)
         assert x.shape == (5, 1, 8, 8) and torch.equal(pipeline.sample(2, seed=0), x[:2])
         assert torch.isfinite(pipeline.nll(tokenizer.encode(images(3))[: int(levels[-1])])).all()
+
+
+def test_samples_of_fewer_stages_pass_on_a_share_of_the_gradient() -> None:
+    config = ResidualConfig(stages=3, dropout=0.7, inner=VQConfig(codes=8, dim=4, beta=0.0))
+    rng = StepRng(0, 3, torch.arange(12))
+    weight, given = torch.randn(12, 4, 5), torch.randn(12, 4, 5)
+    found = []
+    for share in (1.0, 0.25, 0.0):
+        torch.manual_seed(0)
+        q = Residual(config.replace(shallow_gradient=share)).train()
+        z = given.clone().requires_grad_()
+        out = q(z, rng)
+        (gradient,) = torch.autograd.grad((out.z * weight).sum() + out.loss, z)
+        few = (q.depth(rng) < 3)[:, None, None]
+        assert 0 < few.sum() < 12
+        torch.testing.assert_close(gradient, torch.where(few, share * weight, weight))
+        found.append(out.z)
+        (gradient,) = torch.autograd.grad((q.eval()(z).z * weight).sum(), z)
+        assert torch.equal(gradient, weight)
+    assert all(torch.equal(z, found[0]) for z in found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dropout": 0.0}, "shallow_gradient: 0.5, but dropout is 0"),
+        ({"inner": FSQConfig(levels=(5, 5))}, "shallow_gradient: 0.5, but the gradient goes through an inner fsq quantizer"),
+    ],
+)
+def test_a_share_of_the_gradient_that_would_do_nothing_or_harm_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Residual(ResidualConfig(**{"stages": 2, "dropout": 0.5, "shallow_gradient": 0.5} | changes))

@@ -98,6 +98,15 @@ def test_a_class_name_comes_before_an_index_a_list_or_all() -> None:
     assert sample.turns("all", ("3", "7", "a,b", "all")) == [3]
 
 
+@pytest.mark.parametrize("classes", [("10", "2", "3"), ("a", "2", "-1.5"), ("1.5", "b", "c")])
+def test_where_a_class_has_a_number_for_a_name_every_word_is_a_name(classes: tuple[str, ...]) -> None:
+    assert sample.turns(f"{classes[1]}, {classes[0]}", classes) == [1, 0]
+    for text in ("1", "0,1,2", f"{classes[0]},0", "-1"):
+        with pytest.raises(ValueError, match=rf"^label: unknown class '-?[01]'.* known: {', '.join(classes)}$"):
+            sample.turns(text, classes)
+    assert sample.turns("all", classes) == [0, 1, 2]
+
+
 def test_without_a_pipeline_the_bundled_one_is_asked_for(monkeypatch: Any, pipeline: TwoStagePipeline) -> None:
     monkeypatch.setattr(TwoStagePipeline, "bundled", classmethod(lambda cls: pipeline))
     sample.main(["--n", "1"])

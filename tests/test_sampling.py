@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from stage2_prior.sampling import DrawOptions, Guidance, choose_options, draw, filtered, guide
+from stage2_prior.sampling import DrawOptions, Guidance, choose_options, draw, filtered, guide, open_progress
 
 
 def brute_force(logits: list[float], options: DrawOptions) -> list[float]:
@@ -155,6 +155,20 @@ def test_top_k_above_the_vocabulary_is_refused_with_both_values() -> None:
 def test_an_option_that_there_is_not_is_refused_with_those_that_there_are() -> None:
     with pytest.raises(ValueError, match="steps: a gpt prior has no such sampling option; it has temperature, top_k, top_p, min_p"):
         choose_options(DrawOptions, {"temperature": 1.0, "steps": 8}, "a gpt prior", ["codes"])
+
+
+def test_progress_counts_the_open_positions_of_each_row() -> None:
+    keep = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0], [1, 1, 1]], dtype=torch.bool)
+    found = open_progress(keep)
+    assert found.dtype == torch.float64 and found[~keep].tolist() == [0, 0.5, 1, 0, 1, 0, 1, 0]
+    assert ((found >= 0) & (found <= 1)).all()
+
+
+def test_guidance_by_rows_keeps_the_dtype_of_the_logits_and_the_bits_of_one_number() -> None:
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        cond, null = (torch.randn(3, 50, generator=torch.Generator().manual_seed(i)).to(dtype) for i in (0, 1))
+        rows = torch.full((3, 1), 1.7, dtype=torch.promote_types(dtype, torch.float32))
+        assert torch.equal(guide(cond, null, rows), guide(cond, null, 1.7)) and guide(cond, null, rows).dtype == dtype
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine"])

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from intarsia.machine import cpu_computes_bf16
 from intarsia.rng import StepRng
 from stage1_tokenizer.quantizers import search, shortlist
+from stage1_tokenizer.quantizers.equal_rows import first_of_each
 from stage1_tokenizer.quantizers.search import kmeans, nearest
 from stage1_tokenizer.quantizers.vq import VQ, VQConfig
 
@@ -209,6 +210,29 @@ def test_kmeans_moves_centres_that_no_row_is_nearest_to() -> None:
     rows = torch.cat([torch.zeros(50, 3), torch.randn(50, 3)])  # about half of the first centres are equal
     _, counts = kmeans(rows, 16, step_rng(0, 0))
     assert (counts > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("share", [0.9, 0.97, 0.988, 0.995, 1.0])
+def test_kmeans_of_rows_many_of_which_are_equal_leaves_no_two_centres_equal(share: float, dtype: torch.dtype) -> None:
+    """Blank patches: of 20,000 rows 2,000, 600, 240 or 100 differ, or none."""
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randn(20000, 8, generator=draw, dtype=dtype)
+    rows[torch.rand(20000, generator=draw) < share] = 0.5
+    centres, counts = kmeans(rows, 256, step_rng(0, 0))
+    assert centres.unique(dim=0).shape[0] == 256 and counts.sum() == 20000 and centres.dtype == dtype
+    assert torch.equal(kmeans(rows, 256, step_rng(0, 0))[0], centres)
+    different = rows.unique(dim=0).shape[0]
+    assert (counts > 0).sum() == min(different, 256)
+    if different <= 256:
+        torch.testing.assert_close(centres[nearest(rows, centres)], rows)
+
+
+def test_rows_are_equal_where_all_their_numbers_are() -> None:
+    rows = torch.tensor([[1.0, 2.0], [2.0, 1.0], [1.0, 2.0], [0.0, 1.0], [-0.0, 1.0], [1.0, 2.0]])
+    for dtype in (torch.float32, torch.float64):
+        assert first_of_each(rows.to(dtype)).tolist() == [0, 1, 3]
+        assert first_of_each(rows.to(dtype).t().contiguous().t()).tolist() == [0, 1, 3]
 
 
 @pytest.mark.parametrize(("n", "dim", "value"), [(1, 1, 3.0), (1, 4, 3.0), (10, 4, 1.0), (10, 4, 1e4), (5, 2, 0.0)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from intarsia.rng import StepRng
 from intarsia.run_config import OptimConfig
 from intarsia.specs import SignalSpec
 from stage1_tokenizer.quantizers.base import QUANTIZERS
-from stage1_tokenizer.sizes import activation_bytes, describe, parts
+from stage1_tokenizer.sizes import NUMBERS_AT_ONCE, activation_bytes, describe, parts, rows_at_once
 from stage1_tokenizer.tokenizers.vqvae import VQVAE, VQVAEConfig
 from stage1_tokenizer.tokenizers.vqvae2 import VQVAE2, VQVAE2Config
 
@@ -41,3 +43,27 @@ def test_activations_are_those_that_a_real_forward_keeps(cls, config):
         out = tokenizer(torch.zeros(1, 3, 16, 16), rng=StepRng(0, 0, torch.zeros(1, dtype=torch.int64)))
     assert out.x.requires_grad
     assert activation_bytes(build_on_meta(cls, config, SIGNAL)) == pytest.approx(sum(sizes.values()), rel=0.05)
+
+
+def images(side, channels=3):
+    return SignalSpec("image", channels, (side, side))
+
+
+@pytest.mark.parametrize(
+    ("signal", "micro_batch", "rows"),
+    [
+        (images(28, 1), 32, 256),
+        (images(64), 48, 256),
+        (images(209), 32, 256),
+        (images(384), 4, 72),
+        (images(384), 32, 64),
+        (images(1024), 4, 8),
+        (images(1024), 32, 32),  # the tokenizer pads fewer to so many anyway
+        (images(8192), 1, 1),
+        (SignalSpec("audio", 1, (1 << 20,), 16000), 1, 32),
+    ],
+)
+def test_a_pass_takes_as_many_signals_as_fit_in_whole_micro_batches(signal, micro_batch, rows):
+    found = rows_at_once(signal, micro_batch)
+    assert found == rows and (found <= micro_batch or found * signal.channels * math.prod(signal.shape) <= NUMBERS_AT_ONCE)
+    assert rows_at_once(signal, micro_batch, 3) <= 3

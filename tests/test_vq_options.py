@@ -190,6 +190,24 @@ def test_the_entropy_term_is_linear_in_the_batch_and_obeys_costs_and_inactive_sa
     torch.testing.assert_close(mean_entropy(rows, vectors, share, 1.0, 4, cost, active), (dense.view(4, 10).mean(1) * active).mean())
 
 
+@pytest.mark.parametrize("unused", [False, True])
+@pytest.mark.parametrize("offset", [10.0, 300.0])
+def test_the_entropy_term_has_its_gradients_far_from_the_origin_too(offset: float, unused: bool) -> None:
+    """Codes that are not in use yet lie where they were drawn."""
+    draw = torch.Generator().manual_seed(0)
+    rows, vectors = (0.1 * torch.randn(n, 32, generator=draw) + offset for n in (256, 64))
+    share, cost = torch.softmax(torch.randn(64, generator=draw), 0), torch.zeros(64)
+    if unused:
+        vectors[32:], cost[32:] = 0.1 * torch.randn(32, 32, generator=draw), float("inf")
+
+    def gradients(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        inputs = [t.to(dtype).requires_grad_() for t in (rows, vectors)]
+        return torch.autograd.grad(mean_entropy(inputs[0], inputs[1], share.to(dtype), 0.01, 8, cost.to(dtype)), inputs)
+
+    for found, exact in zip(gradients(torch.float32), gradients(F64), strict=True):
+        assert (found - exact).norm() < 1e-3 * exact.norm()
+
+
 def test_the_entropy_bonus_makes_latents_spread_over_the_codes() -> None:
     spread = {}
     for weight in (0.0, 3.0):

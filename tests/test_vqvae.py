@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from intarsia.distributed import comm
 from intarsia.rng import StepRng
@@ -15,8 +15,8 @@ from intarsia.specs import Cond, LevelSpec, SignalSpec
 from stage1_tokenizer.nets.conv import ConvConfig
 from stage1_tokenizer.objectives.base import OBJECTIVES
 from stage1_tokenizer.objectives.reconstruction import ReconstructionConfig
-from stage1_tokenizer.quantizers.base import QUANTIZERS
-from stage1_tokenizer.quantizers.residual import ResidualConfig
+from stage1_tokenizer.quantizers.base import QUANTIZERS, QuantizerConfig
+from stage1_tokenizer.quantizers.residual import Residual, ResidualConfig
 from stage1_tokenizer.quantizers.vq import VQConfig
 from stage1_tokenizer.tokenizers.base import Tokenizer, TokenizerOutput
 from stage1_tokenizer.tokenizers.vqvae import VQVAE, VQVAEConfig
@@ -203,3 +203,36 @@ def test_the_objective_weighs_reconstructions_prefixes_and_quantiser_terms() -> 
     torch.testing.assert_close(stats["reconstruction"], torch.tensor(0.25))
     loss, _ = OBJECTIVES.build(ReconstructionConfig(error="l1", weight=2.0, prefix_weight=0.0)).tokenizer_loss(out, x, 0, rng)
     torch.testing.assert_close(loss, torch.tensor(2.0 * 0.5 + 0.3))
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_a_decoder_that_is_told_the_depth_decodes_each_prefix_as_training_saw_it(axes: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    quantizer = ResidualConfig(stages=3, dropout=1.0, inner=VQConfig(codes=16, dim=4))
+    plain = VQVAE(CONFIG.replace(quantizer=quantizer), SIGNALS[axes])
+    told = VQVAE(CONFIG.replace(quantizer=quantizer, by_depth=True), SIGNALS[axes])
+    assert not told.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
+    x, rng = signals(SIGNALS[axes], 8), StepRng(0, 1, torch.arange(8))
+    codes = plain.eval().encode(x)
+    for maps in (1, 2, 3):
+        torch.testing.assert_close(told.eval().decode(codes[:maps]), plain.decode(codes[:maps]))  # at first it makes no difference
+    changed = [p for name, p in told.named_parameters() if "told" in name]
+    for table in changed:
+        nn.init.normal_(table, std=0.5)
+    out = told.train()(x, rng=rng)
+    assert isinstance(told.quantizer, Residual)
+    depth = told.quantizer.depth(rng)
+    assert len(set(depth.tolist())) == 3
+    out.x.square().sum().backward()
+    assert len(changed) == 2 * 6 and all(p.grad is not None and (p.grad != 0).any(1).all() for p in changed)
+    told.eval().save_pretrained(tmp_path / "model")
+    again = VQVAE.from_pretrained(tmp_path / "model")
+    for i, maps in enumerate(depth.tolist()):
+        torch.testing.assert_close(again.decode([c[i : i + 1] for c in out.codes[:maps]]), out.x[i : i + 1].detach(), atol=1e-5, rtol=1e-5)
+    assert again.fingerprint == told.fingerprint
+
+
+@pytest.mark.parametrize("quantizer", [VQConfig(codes=16, dim=4), ResidualConfig(stages=3, inner=VQConfig(codes=16, dim=4))])
+def test_a_depth_that_is_always_the_same_is_not_told(quantizer: QuantizerConfig) -> None:
+    with pytest.raises(ValueError, match=f"by_depth: true, but this {quantizer.type_name} quantizer decodes from all of its maps alone"):
+        VQVAE(CONFIG.replace(quantizer=quantizer, by_depth=True), SIGNALS[2])

@@ -12,10 +12,11 @@ from pipelines.evaluation.baseline import IndependentCodes
 from pipelines.evaluation.features import FeatureModel
 from pipelines.evaluation.memorisation import pixel_vectors
 from pipelines.evaluation.neighbours import Nearest
-from pipelines.evaluation.sets import BATCH, ImageSet, Labelled, measure, real_batches
+from pipelines.evaluation.sets import ImageSet, Labelled, measure, real_batches
 from pipelines.two_stage import TwoStagePipeline
 from stage1_tokenizer.data.base import Split
 from stage1_tokenizer.metrics import ReconstructionMetrics, unit
+from stage1_tokenizer.sizes import rows_at_once
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class HeldOut:
     real: ImageSet
 
 
+def _size(pipeline: TwoStagePipeline) -> int:
+    """How many images a pass takes at once."""
+    return rows_at_once(pipeline.signal, pipeline.tokenizer.config.micro_batch)
+
+
 def evaluate_held_out(pipeline: TwoStagePipeline, split: Split, model: FeatureModel) -> HeldOut:
     """Reconstructs a split from the levels that the priors model, as samples are made; its codes of all levels stay on the CPU."""
     metrics = ReconstructionMetrics()
@@ -43,7 +49,7 @@ def evaluate_held_out(pipeline: TwoStagePipeline, split: Split, model: FeatureMo
     tokenizer, stop = pipeline.tokenizer, pipeline.priors[-1].levels.stop
 
     def reconstructed() -> Iterator[Labelled]:
-        for rows in torch.arange(len(split)).split(BATCH):
+        for rows in torch.arange(len(split)).split(_size(pipeline)):
             batch = split.batch(rows)
             x = batch["x"].to(tokenizer.device)
             found = tokenizer.encode(x)
@@ -64,7 +70,7 @@ def search_train(pipeline: TwoStagePipeline, split: Split, model: FeatureModel, 
         queries: ``features`` and ``pixels``, the spaces to search.
     """
     codes: list[list[Tensor]] = []
-    for rows in torch.arange(len(split)).split(BATCH):
+    for rows in torch.arange(len(split)).split(_size(pipeline)):
         x = split.batch(rows)["x"].to(pipeline.device)
         codes.append([c.cpu() for c in pipeline.tokenizer.encode(x)])
         queries["features"].update(model(unit(x))[0].cpu())
@@ -76,6 +82,6 @@ def baseline_batches(
     pipeline: TwoStagePipeline, baseline: IndependentCodes, n: int, labels: Tensor | None, seed: int
 ) -> Iterator[Labelled]:
     """Samples of the baseline through the pipeline's decoder; ``labels`` (n,) where its training codes are labelled."""
-    for ids in torch.arange(n).split(BATCH):
+    for ids in torch.arange(n).split(_size(pipeline)):
         label = None if labels is None else labels[ids]
         yield pipeline.decode(baseline.sample(ids, label, seed)), label

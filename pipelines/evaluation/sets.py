@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from intarsia.rng import permutation
+from intarsia.specs import SignalSpec
 from pipelines.evaluation.distances import FeatureSet
 from pipelines.evaluation.features import FeatureModel
 from pipelines.evaluation.memorisation import pixel_vectors
 from stage1_tokenizer.data.base import Split
 from stage1_tokenizer.metrics import unit
-
-BATCH = 256  # images at once; no figure depends on it
+from stage1_tokenizer.sizes import rows_at_once
 
 Labelled = tuple[Tensor, Tensor | None]  # images (b, C, H, W) in [0, 1], labels (b,) int64
 
@@ -129,19 +129,20 @@ def measure(
 
 def real_batches(split: Split, rows: Tensor | None = None) -> Iterator[Labelled]:
     """The images of a split at ``rows`` (all by default)."""
-    for part in (torch.arange(len(split)) if rows is None else rows).split(BATCH):
+    for part in (torch.arange(len(split)) if rows is None else rows).split(rows_at_once(split.signal)):
         batch = split.batch(part)
         yield unit(batch["x"]), batch.get("label")
 
 
-def in_batches(rows: Iterable[tuple[int, Tensor]], labels: Tensor | None) -> Iterator[Labelled]:
-    """What ``TwoStagePipeline.stream`` gives, stacked; ``labels`` (n,) are those asked for."""
+def in_batches(rows: Iterable[tuple[int, Tensor]], labels: Tensor | None, signal: SignalSpec) -> Iterator[Labelled]:
+    """What ``TwoStagePipeline.stream`` gives, images of ``signal``, stacked; ``labels`` (n,) are those asked for."""
+    size = rows_at_once(signal)
     ids: list[int] = []
     images: list[Tensor] = []
     for i, x in rows:
         ids.append(i)
         images.append(x)
-        if len(ids) == BATCH:
+        if len(ids) == size:
             yield torch.stack(images), None if labels is None else labels[ids]
             ids, images = [], []
     if ids:

@@ -156,7 +156,8 @@ def measure_samples(
     drawn = config.sampling.given() if options is None else dict(options)
     clock = Clock(pipeline.stream(config.n, label=asked, seed=config.seed, **drawn))
     images = config.n if kept else 0
-    found = measure(name, in_batches(clock, asked), model, pixels=kept, images=images, folder=folder, balanced=chosen.balanced)
+    batches = in_batches(clock, asked, pipeline.signal)
+    found = measure(name, batches, model, pixels=kept, images=images, folder=folder, balanced=chosen.balanced)
     return found, clock.seconds
 
 

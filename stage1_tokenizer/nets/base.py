@@ -47,6 +47,17 @@ class Net(nn.Module):
         """(B, C, *axes) in [-1, 1] to (B, width, *grid)."""
         raise NotImplementedError
 
-    def decode(self, features: Tensor) -> Tensor:
-        """(B, width, *grid) to (B, C, *axes)."""
+    def decode(self, features: Tensor, kind: Tensor | None = None) -> Tensor:
+        """(B, width, *grid) to (B, C, *axes).
+
+        Args:
+            kind: (B,) int64, what ``tell`` is for; it is given to nets that were told of kinds alone.
+        """
         raise NotImplementedError
+
+    def tell(self, kinds: int) -> None:
+        """Makes ``decode`` take the kind of each sample, in [0, kinds): how many maps of codes its features are made of, say.
+
+        Raises ValueError where a net has no such decoder.
+        """
+        raise ValueError(f"net: the decoder of a {self.type_name} net cannot be told of kinds of samples")

@@ -40,6 +40,24 @@ def unpatch(x: Tensor, patch: int | tuple[int, ...]) -> Tensor:
     return rearrange(x, f"b (c {inside}) {' '.join(axes)} -> b c {outside}", **factors)
 
 
+class Modulation(nn.Module):
+    """x (1 + a_k) + b_k: channels scaled and shifted by the kind k of a sample (FiLM, Perez et al. 2018, arXiv:1709.07871).
+
+    At first a = b = 0. Without a kind x comes back.
+    """
+
+    def __init__(self, kinds: int, width: int) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.zeros(kinds, width)), nn.Parameter(torch.zeros(kinds, width))
+
+    def forward(self, x: Tensor, kind: Tensor | None) -> Tensor:
+        """x: (B, C, *grid); kind: (B,) int64."""
+        if kind is None:
+            return x
+        scale, shift = (table[kind].view(*x.shape[:2], *[1] * (x.ndim - 2)).to(x.dtype) for table in (self.scale, self.shift))
+        return x * (1 + scale) + shift
+
+
 class ResidualBlock(nn.Module):
     """x + conv3(act(norm(conv3(act(norm(x)))))), the last convolution starting small."""
 
@@ -48,12 +66,22 @@ class ResidualBlock(nn.Module):
         conv = CONV[axes]
         self.norm1, self.conv1 = norm_layer(norm, width), conv(width, width, 3, padding=1)
         self.norm2, self.conv2 = norm_layer(norm, width), conv(width, width, 3, padding=1)
+        self.told1: Modulation | None = None
+        self.told2: Modulation | None = None
         with torch.no_grad():
             self.conv2.weight.mul_(0.1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        return x + self.conv2(F.silu(self.norm2(h)))
+    def tell(self, kinds: int) -> None:
+        """Makes ``forward`` take the kind of a sample, (B,) int64 in [0, kinds)."""
+        self.told1, self.told2 = Modulation(kinds, self.conv1.in_channels), Modulation(kinds, self.conv2.in_channels)
+
+    def forward(self, x: Tensor, kind: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(_told(self.norm1(x), self.told1, kind)))
+        return x + self.conv2(F.silu(_told(self.norm2(h), self.told2, kind)))
+
+
+def _told(x: Tensor, modulation: Modulation | None, kind: Tensor | None) -> Tensor:
+    return x if modulation is None else modulation(x, kind)
 
 
 class AttentionBlock(nn.Module):
@@ -81,10 +109,15 @@ class Activation(nn.Module):
 
     def __init__(self, width: int, norm: str) -> None:
         super().__init__()
-        self.norm = norm_layer(norm, width)
+        self.width, self.norm = width, norm_layer(norm, width)
+        self.told: Modulation | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(self.norm(x))
+    def tell(self, kinds: int) -> None:
+        """Makes ``forward`` take the kind of a sample, (B,) int64 in [0, kinds)."""
+        self.told = Modulation(kinds, self.width)
+
+    def forward(self, x: Tensor, kind: Tensor | None = None) -> Tensor:
+        return F.silu(_told(self.norm(x), self.told, kind))
 
 
 def downsample(axes: int, width_in: int, width_out: int) -> nn.Module:

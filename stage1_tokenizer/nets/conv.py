@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from intarsia.config import Added
 from intarsia.specs import SignalSpec
 from stage1_tokenizer.nets.base import NETS, Net, NetConfig
-from stage1_tokenizer.nets.blocks import CONV, Activation, Norm, Upsample, Upsampling, downsample, stage, unpatch
+from stage1_tokenizer.nets.blocks import CONV, Activation, Norm, ResidualBlock, Upsample, Upsampling, downsample, stage, unpatch
 
 __all__ = ["CONV", "ConvConfig", "ConvNet", "unpatch"]
 
@@ -111,5 +111,12 @@ class ConvNet(Net):
     def encode(self, x: Tensor) -> Tensor:
         return self.encoder(x)
 
-    def decode(self, features: Tensor) -> Tensor:
-        return unpatch(self.decoder(features), self.config.patch)
+    def decode(self, features: Tensor, kind: Tensor | None = None) -> Tensor:
+        for layer in self.decoder:
+            features = layer(features, kind) if isinstance(layer, (ResidualBlock, Activation)) else layer(features)
+        return unpatch(features, self.config.patch)
+
+    def tell(self, kinds: int) -> None:
+        for layer in self.decoder:
+            if isinstance(layer, (ResidualBlock, Activation)):
+                layer.tell(kinds)

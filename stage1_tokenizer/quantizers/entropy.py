@@ -38,7 +38,8 @@ def mean_entropy(
         cost: (K,) as in ``nearest``; codes that cost inf have q = 0.
         active: (B,) bool, the samples that count; the mean stays one over all.
 
-    No N x K tensor is kept: the gradient is worked out tile by tile in the forward pass.
+    No N x K tensor is kept: the gradient is worked out tile by tile in the forward pass, with rows and codes taken from the codes' mean:
+    neither the softmax nor a gradient changes by that, and far from the origin rounding spoils neither.
     """
     return _MeanEntropy.apply(rows, vectors, share.log(), temperature, batch, cost, active)  # type: ignore[no-any-return]
 
@@ -56,6 +57,9 @@ class _MeanEntropy(torch.autograd.Function):
         active: Tensor | None,
     ) -> Tensor:
         n, k = rows.shape[0], vectors.shape[0]
+        known = rows.new_ones(k) if cost is None else cost.isfinite().to(rows.dtype)
+        centre = (known @ vectors) / known.sum()  # from there scores are no larger than they must be, and the softmax is the same
+        vectors = vectors - centre
         weight = rows.new_full((batch,), 1 / n) if active is None else active.to(rows.dtype) / n
         weight = weight.repeat_interleave(n // batch, output_size=n)
         bias = vectors.square().sum(1)
@@ -64,14 +68,15 @@ class _MeanEntropy(torch.autograd.Function):
         to_vectors = torch.zeros_like(vectors) if ctx.needs_input_grad[1] else None
         pull, total = rows.new_zeros(k), rows.new_zeros(())
         for tile in tiles(n, k, rows.device):
-            q = torch.softmax(score(rows[tile]) * (2 / temperature), 1)
+            z = rows[tile] - centre
+            q = torch.softmax(score(z) * (2 / temperature), 1)
             mean = q @ log_share
             total += mean @ weight[tile]
             q *= (log_share - mean[:, None]) * (weight[tile, None] * (2 / temperature))  # the gradient of the scores
             if to_rows is not None:
                 torch.mm(q, vectors, out=to_rows[tile])
             if to_vectors is not None:
-                to_vectors.addmm_(q.t(), rows[tile])
+                to_vectors.addmm_(q.t(), z)
                 pull += q.sum(0)
         if to_vectors is not None:
             to_vectors -= vectors * pull[:, None]

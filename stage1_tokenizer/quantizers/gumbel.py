@@ -127,7 +127,9 @@ class Gumbel(CodebookQuantizer):
         with whole_float32():
             if self.head is not None:
                 return F.linear(rows, self.head.weight.to(rows.dtype), self.head.bias.to(rows.dtype))
-            return F.linear(rows, *self._of_distance(self.codebook.to(rows.dtype)))
+            vectors = self.codebook.to(rows.dtype)
+            centre = vectors.detach().mean(0)  # a constant of the row; far from the origin, rounding of the squares would choose the code
+            return F.linear(rows - centre, *self._of_distance(vectors - centre))
 
     def forward(self, z: Tensor, rng: StepRng | None = None, active: Tensor | None = None) -> Quantized:
         check_latents(z, self.dim)

@@ -41,6 +41,9 @@ class ResidualConfig(QuantizerConfig):
     """Quantiser dropout: the share of samples whose depth is drawn from 1 to L in a step; one model then serves every depth."""
     depth_weights: Added[tuple[float, ...] | None] = None
     """How often dropout draws each depth, against the others; null = all alike."""
+    shallow_gradient: Added[Annotated[float, Field(ge=0, le=1)]] = 1.0
+    """The share of the decoder's gradient that samples of fewer stages pass on to the encoder: most of their error is detail, which no
+    first stages can give, noise to it."""
     inner: QuantizerConfig = VQConfig(codes=512, dim=32)
     """The quantiser of each stage."""
 
@@ -50,6 +53,8 @@ class ResidualConfig(QuantizerConfig):
             raise ValueError(f"depth_weights: {weights}; expected {self.stages} numbers, one for each stage, none negative, not all 0")
         if weights is not None and self.dropout == 0:
             raise ValueError(f"depth_weights: {weights}, but dropout is 0 and draws no depth")
+        if self.shallow_gradient != 1 and self.dropout == 0:
+            raise ValueError(f"shallow_gradient: {self.shallow_gradient:g}, but dropout is 0: all samples have all stages")
 
 
 @QUANTIZERS.register("residual", ResidualConfig)
@@ -58,7 +63,7 @@ class Residual(Composite):
 
     Every stage is computed for every sample; under quantiser dropout a stage beyond a sample's depth adds nothing to z_hat, to the
     loss and to the statistics. The loss is the sum of the stages', which for VQ is beta sum_l |z - sg[sum_{j<=l} e_j]|^2 (Lee et
-    al., eq. 6).
+    al., eq. 6); that of a stage which sees what is left magnified by 1 / s counts s^2, so that it is in units of z and for LFQ the same.
 
     Gradients: where the inner quantiser is ``straight_through``, what one stage hands to the next has the gradient of z, and
     z_hat passes its own on to z once, not once per stage. Any other (Gumbel, FSQ, ...) is differentiated through as it stands.
@@ -76,7 +81,11 @@ class Residual(Composite):
         self.config = config
         first = self.part(0)
         self.dim = first.dim
-        self.straight_through, self.soft = first.straight_through, first.soft
+        self.replaces, self.soft = first.straight_through, first.soft  # z_hat stands in z's place, with its gradient
+        self.straight_through = self.replaces and config.shallow_gradient == 1
+        if config.shallow_gradient != 1 and not self.replaces:
+            how = f"the gradient goes through an inner {config.inner.type_name} quantizer as it is, to what it learns too"
+            raise ValueError(f"shallow_gradient: {config.shallow_gradient:g}, but {how}; expected 1")
         self.scales = [first.shrink**i for i in range(config.stages)]
         if self.scales[-1] < _LEAST_SCALE:
             most = 1 + int(math.log(_LEAST_SCALE) / math.log(first.shrink))
@@ -156,14 +165,22 @@ class Residual(Composite):
                 out = self.part(i)(left / scale, None if rng is None else rng.sub(i), active=counts)
                 q = out.z * scale
                 outs.append(out)
-                loss = loss + out.loss
+                loss = loss + out.loss * scale**2  # of what is left as it is, not magnified
                 total = total + (q if depth is None else _masked(q, depth > i))
-                left = left - (q.detach() if self.straight_through else q)
+                left = left - (q.detach() if self.replaces else q)
                 stats.append({**out.stats, "quantization_error": left.detach().square().mean()})
-            z_q = straight_through(z, total.detach()) if self.straight_through else total
+            z_q = straight_through(self._passing(z, depth), total.detach()) if self.replaces else total
             error = active_mean((z - z_q).detach().square(), active)
         codes = tuple(codes for out in outs for codes in out.codes)
         return Quantized(z_q, codes, loss, {"quantization_error": error, **named(stats)}, depth, joined_likely(outs))
+
+    def _passing(self, z: Tensor, depth: Tensor | None) -> Tensor:
+        """``z``, whose gradient is multiplied by ``shallow_gradient`` for samples of fewer stages."""
+        if depth is None or self.config.shallow_gradient == 1:
+            return z
+        share = torch.where(depth < self.count, self.config.shallow_gradient, 1.0).to(z.dtype)
+        out: Tensor = _ScaledGradient.apply(z, share.view(-1, *[1] * (z.ndim - 1)))
+        return out
 
     def decode(self, codes: tuple[Tensor, ...], depth: Tensor | None = None) -> Tensor:
         """``codes``: all maps or those of the leading stages; ``depth`` (B,): how many stages count for each sample."""
@@ -174,6 +191,20 @@ class Residual(Composite):
             total = torch.zeros_like(q) + q if total is None else total + q
         assert total is not None
         return total
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """z itself; its gradient is multiplied."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (factor,) = ctx.saved_tensors
+        return gradient * factor, None
 
 
 def _masked(q: Tensor, keep: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from intarsia.distributed import Comm
 from intarsia.rng import StepRng, bits, uniform
+from stage1_tokenizer.quantizers.equal_rows import hashes
 
 SLOTS = 256  # the most restarts of one step
 NONE = (1 << 63) - 1  # the key of a slot that no sample has filled
@@ -56,9 +57,8 @@ def settle(pending: dict[str, Tensor], comm: Comm) -> None:
 
 
 def _first_of_equals(latents: Tensor) -> Tensor:
-    """(R, D) to (R,) bool: the rows that no earlier one equals in every bit, by a hash of 64 bits."""
-    words = (latents + 0.0).view(torch.int64 if latents.dtype == torch.float64 else torch.int32).long()  # -0 is 0
-    mixed = (words * bits(0, "vq/restart/equal", torch.arange(words.shape[1], device=words.device))).sum(1)
+    """(R, D) to (R,) bool: the rows that no earlier one equals in every bit, without a host sync."""
+    mixed = hashes(latents)
     return ~(mixed[:, None] == mixed).tril(-1).any(1)
 
 

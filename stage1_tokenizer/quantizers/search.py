@@ -13,6 +13,7 @@ from torch import Tensor
 from intarsia.inference import whole_float32
 from intarsia.machine import cpu_computes_bf16
 from intarsia.rng import StepRng, permutation
+from stage1_tokenizer.quantizers.equal_rows import first_of_each
 from stage1_tokenizer.quantizers.shortlist import BLOCK, offsets, pays, shortlisted
 
 _TILE_FLOATS = {"cpu": 1 << 18}  # 1 MB of scores at once stays in a core's cache; elsewhere 256 MB
@@ -130,32 +131,38 @@ def _best_in_blocks(scores: Tensor) -> Tensor:
 
 
 def kmeans(rows: Tensor, k: int, rng: StepRng, iterations: int = 10) -> tuple[Tensor, Tensor]:
-    """Lloyd's algorithm from k distinct random rows; an empty cluster moves to a random row.
+    """Lloyd's algorithm from k random rows that differ in value; an empty cluster moves to a random one of those.
 
-    With fewer than k rows, rows are used again with a little noise, so that no two codes are equal (but for chance, in one dimension):
-    by the rows' standard deviation, and where they are alike, by their root mean square.
+    With fewer than k that differ, they are used again with a little noise, so that no two codes are equal (but for chance, in one
+    dimension): by the standard deviation of those that differ, and where all are alike, by their root mean square.
 
     Args:
-        rows: (N, D), N > 0, the same on every rank.
+        rows: (N, D), N > 0, float32 or float64, the same on every rank.
 
     Returns:
         centres (k, D) and the number of rows nearest to each (k,), in the dtype of ``rows``.
     """
-    n = rows.shape[0]
-    order = permutation(rng.seed, "kmeans", n, rng.step).to(rows.device)
-    centres = rows[order[torch.arange(k, device=rows.device) % n]].clone()
-    if n < k:
-        slots = StepRng(rng.seed, rng.step, torch.arange(k, device=rows.device))
+    differing = first_of_each(rows)
+    m, turn = differing.shape[0], torch.arange(k, device=rows.device)
+
+    def some(purpose: str, step: int) -> Tensor:
+        """(k, D) rows in a random order, none twice before each was there."""
+        return rows[differing[permutation(rng.seed, purpose, m, step).to(rows.device)[turn % m]]]
+
+    centres = some("kmeans", rng.step)
+    if m < k:
+        slots = StepRng(rng.seed, rng.step, turn)
         least = (1e-3 * rows.square().mean().sqrt()).clamp_min(1e-6)  # far above what rounding tells apart
-        size = 1e-2 * torch.maximum(rows.std(correction=0), least)
+        size = 1e-2 * torch.maximum(rows[differing].std(correction=0), least)
         centres += size * slots.normal("kmeans/noise", rows.shape[1]).to(rows.dtype)
+    precise = rows.dtype if m >= k else torch.float64  # the mean of equal rows must be that row, or it would pass from code to code
     counts = rows.new_zeros(k)
     for i in range(iterations):
         codes = nearest(rows, centres)
-        counts = rows.new_zeros(k).index_add_(0, codes, rows.new_ones(n))
-        sums = torch.zeros_like(centres).index_add_(0, codes, rows)
-        fresh = rows[permutation(rng.seed, "kmeans/empty", n, rng.step + i).to(rows.device)[torch.arange(k, device=rows.device) % n]]
-        moved = sums / counts.clamp_min(1)[:, None]
-        centres = torch.where((counts > 0)[:, None], moved, fresh if n >= k else centres)
+        counts = rows.new_zeros(k).index_add_(0, codes, rows.new_ones(rows.shape[0]))
+        sums = torch.zeros_like(centres, dtype=precise).index_add_(0, codes, rows.to(precise))
+        moved = (sums / counts.clamp_min(1)[:, None]).to(rows.dtype)
+        empty = some("kmeans/empty", rng.step + i) if m >= k else centres
+        centres = torch.where((counts > 0)[:, None], moved, empty)
     codes = nearest(rows, centres)
-    return centres, rows.new_zeros(k).index_add_(0, codes, rows.new_ones(n))
+    return centres, rows.new_zeros(k).index_add_(0, codes, rows.new_ones(rows.shape[0]))

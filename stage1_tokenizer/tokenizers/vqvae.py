@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intarsia.config import Added
 from intarsia.distributed import Comm
 from intarsia.rng import StepRng
 from intarsia.specs import Cond, LevelSpec, SignalSpec, TokenizerSpec
@@ -25,11 +26,16 @@ class VQVAEConfig(TokenizerConfig):
     """Encoder and decoder."""
     quantizer: QuantizerConfig = VQConfig()
     """Latents to codes."""
+    by_depth: Added[bool] = False
+    """The decoder is told from how many maps it decodes, for quantisers that decode from the leading ones (residual with dropout):
+    its normalised channels are scaled and shifted for each count."""
 
 
 @TOKENIZERS.register("vqvae", VQVAEConfig)
 class VQVAE(Tokenizer):
     """Signal (B, C, *axes) -> features -> 1-wide convolution to D -> codes (B, *grid), and back through a 3-wide one."""
+
+    config: VQVAEConfig
 
     def __init__(self, config: VQVAEConfig, signal: SignalSpec) -> None:
         super().__init__(config, signal)
@@ -37,6 +43,11 @@ class VQVAE(Tokenizer):
         self.net = NETS.build(config.net, signal)
         if not isinstance(getattr(self.net, "encoder", None), nn.Module):
             raise ValueError(f"tokenizer.net: a {config.net.type_name} has no module 'encoder'; the fingerprint is taken of it")
+        if config.by_depth:
+            if len(self.prefixes()) < 2:
+                made = f"this {config.quantizer.type_name} quantizer decodes from all of its maps alone"
+                raise ValueError(f"by_depth: true, but {made}; expected one with quantiser dropout")
+            self.net.tell(len(self.prefixes()))
         conv = CONV[len(signal.shape)]
         self.to_codes = conv(self.net.width, self.quantizer.dim, 1)
         self.from_codes = conv(self.quantizer.dim, self.net.width, 3, padding=1)
@@ -73,15 +84,20 @@ class VQVAE(Tokenizer):
         z = self.to_codes(self.net.encode(x))
         return z if z.dtype == torch.float64 else z.float()
 
-    def _reconstruct(self, z_q: Tensor) -> Tensor:
+    def _reconstruct(self, z_q: Tensor, maps: int, depth: Tensor | None = None) -> Tensor:
+        """``depth`` (B,): of how many stages each sample's z_q is made, where it is not of all ``maps``."""
         # quantisers give channels last, in which torch's group norm is slow on a CPU
-        return self.net.decode(self.from_codes(z_q.contiguous()))
+        features = self.from_codes(z_q.contiguous())
+        if not self.config.by_depth:
+            return self.net.decode(features)
+        kind = torch.full((len(z_q),), self.prefixes().index(maps), device=z_q.device) if depth is None else depth - 1
+        return self.net.decode(features, kind)
 
     def forward(self, x: Tensor, cond: Cond | None = None, rng: StepRng | None = None) -> TokenizerOutput:
         if cond is not None:
             raise ValueError("cond: VQVAE has no use for a condition")
         q = self.quantizer(self.latents(x), rng)
-        return TokenizerOutput(self._reconstruct(q.z), q.codes, q.loss, q.stats, likely=q.likely)
+        return TokenizerOutput(self._reconstruct(q.z, len(q.codes), q.depth), q.codes, q.loss, q.stats, likely=q.likely)
 
     @torch.no_grad()
     def initialize(self, batches: Iterable[Tensor], rng: StepRng, comm: Comm) -> None:
@@ -115,4 +131,4 @@ class VQVAE(Tokenizer):
         return self.quantizer(self.latents(x)).codes
 
     def _decode(self, codes: tuple[Tensor, ...], cond: Any) -> Tensor:
-        return self._reconstruct(self.quantizer.decode(codes).to(self.dtype))
+        return self._reconstruct(self.quantizer.decode(codes).to(self.dtype), len(codes))

@@ -18,7 +18,7 @@ from stage2_prior.arguments import check_codes
 from stage2_prior.digits import to_digits, weights_of
 from stage2_prior.layout import Layout
 from stage2_prior.priors.base import Known, Prior, PriorConfig, Stats, bits
-from stage2_prior.sampling import DrawOptions, draw, guide
+from stage2_prior.sampling import DrawOptions, draw, guide, open_progress
 
 
 @dataclass
@@ -177,28 +177,39 @@ class AutoregressivePrior(Prior):
             label = torch.cat([label, torch.full_like(label, len(self.spec.classes))])
         state = self._begin(2 * n if guided else n, upper, label)
         places, weights, sizes = self._digits_of_draws(ids.device)
+        strengths = self._strengths(options, known, kind) if guided else []
         if known is not None:
             codes, keep = (self.layout.join([t.flatten(1) for t in part])[:, places] for part in known)
             codes = torch.div(codes, weights, rounding_mode="floor") % sizes
         how = [[self._for_digit(each, size) for size in of] for each, of in zip(options, self.digits, strict=True)]
         out = torch.empty_like(numbers, dtype=torch.int64)
-        total = torch.zeros((), dtype=kind, device=ids.device)  # of all logits: finite where they are
+        extremes: list[Tensor] = []  # of the logits of each step, looked at once in the end
         previous: Tensor | None = None
         for i, (level, position, digit) in enumerate(self.draws):
             logits, state = self.step(state, previous)
             if guided:
-                progress = position / max(1, self.layout.sizes[level] - 1)
-                logits = guide(logits[:n], logits[n:], options[level].guidance_at(progress))
-            total += logits.sum(dtype=kind)
+                logits = guide(logits[:n], logits[n:], strengths[level][position])
+            extremes += torch.aminmax(logits)
             drawn = draw(logits, numbers[:, i], how[level][digit])
             if known is not None:
                 drawn = torch.where(keep[:, i], codes[:, i], drawn)
             out[:, i] = drawn
             previous = torch.cat([drawn, drawn]) if guided else drawn
-        if not total.isfinite():
+        if not torch.stack(extremes).isfinite().all():
             raise ValueError(f"sample: the logits of this {self.type_name} prior are not finite")
         sequence = out.new_zeros(n, len(self.layout)).index_add_(1, places, out * weights)
         return [c.view(n, *level.shape) for c, level in zip(self.layout.split(sequence), self.own, strict=True)]
+
+    def _strengths(self, options: Sequence[DrawOptions], known: Known | None, dtype: torch.dtype) -> list[list[float | Tensor]]:
+        """g of each position of each level: a number, or (n, 1) where it has a schedule and samples have positions of their own to draw."""
+        if known is None:
+            sizes = zip(options, self.layout.sizes, strict=True)
+            return [[each.guidance_at(i / max(1, size - 1)) for i in range(size)] for each, size in sizes]
+        out = list[list[float | Tensor]]()
+        for each, keep in zip(options, known[1], strict=True):
+            own = each.guidance_along(open_progress(keep.flatten(1)))
+            out.append(list(own.to(dtype)[:, :, None].unbind(1)) if isinstance(own, Tensor) else [own] * keep[0].numel())
+        return out
 
     def _digits_of_draws(self, device: torch.device) -> Tensor:
         """(3, draws) int64: the place in the sequence of each draw's code, and the weight and the size of the digit that is drawn."""

@@ -18,9 +18,9 @@ from intarsia.padded import run_padded
 from intarsia.registry import Registry
 from intarsia.rng import StepRng
 from intarsia.specs import CodesSpec, Cond, LevelSpec
-from stage2_prior.arguments import check_codes, check_ids, check_known, check_label, whole
+from stage2_prior.arguments import check_codes, check_guidance, check_ids, check_kept, check_known, check_label, whole
 from stage2_prior.corruption import corrupted
-from stage2_prior.sampling import SCHEDULE_WORDS, DrawOptions, choose_options
+from stage2_prior.sampling import SCHEDULE_WORDS, DrawOptions, check_options_class, choose_options
 
 PRIORS: Registry[Prior] = Registry("prior", "stage2_prior.priors")
 NLL_FLOATS = 1 << 28
@@ -57,14 +57,18 @@ class Prior(Pretrained, nn.Module):
         levels: the range of levels that it models, counted in ``spec.levels``.
         conditional: whether it takes labels.
         nll_is_bound: whether ``nll`` is an upper bound; it is exact otherwise.
-        Options: the dataclass of the sampling options that it has.
+        Options: the dataclass of the sampling options that it has: ``DrawOptions``, or one derived from it; another is a ValueError.
     """
 
     registry: ClassVar[Registry[Any]] = PRIORS
     kind: ClassVar[str] = "prior"
     nll_is_bound: ClassVar[bool] = False
-    Options: ClassVar[type[Any]] = DrawOptions
+    Options: ClassVar[type[DrawOptions]] = DrawOptions
     config: PriorConfig
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_options_class(cls.Options, cls.__qualname__)
 
     def __init__(self, config: PriorConfig, spec: CodesSpec) -> None:
         super().__init__()
@@ -167,7 +171,8 @@ class Prior(Pretrained, nn.Module):
             options: the fields of ``Options``, each a value for all of its levels or a mapping from names of levels to values.
 
         Raises:
-            ValueError: naming the argument, for anything out of range and for an option that this prior does not have.
+            ValueError: naming the argument, for anything out of range, for an option that this prior does not have, and where a type's
+                ``_sample`` changes what ``known`` keeps.
         """
         n = check_ids(ids)
         seed, micro_batch = whole("seed", seed, 0), whole("micro_batch", micro_batch, 1)
@@ -184,7 +189,10 @@ class Prior(Pretrained, nn.Module):
             return self._sample(rows[0], rows[2 : split[1]], rows[1] if self.conditional else None, seed, given, chosen)
 
         with inference(self):
-            return run_padded(run, [r.to(self.device) for r in rows], micro_batch)
+            drawn = run_padded(run, [r.to(self.device) for r in rows], micro_batch)
+        if known is not None:
+            check_kept(drawn, kept, keep, self.own, f"this {self.type_name} prior")
+        return drawn
 
     def check_options(self, options: Mapping[str, Any], cond: Cond | None = None) -> tuple[Any, ...]:
         """The ``Options`` that these make, one for each of its levels, checked as ``sample`` checks them.
@@ -196,16 +204,8 @@ class Prior(Pretrained, nn.Module):
         for level, each in zip(self.own, chosen, strict=True):
             each.check_vocab(level.vocab, level.name)
             if each.guided:
-                self._check_guidance(each.guidance, cond)
+                check_guidance(each.guidance, self.conditional, self.has_null, cond is not None and cond.label is not None)
         return chosen
-
-    def _check_guidance(self, guidance: Any, cond: Cond | None) -> None:
-        if not self.conditional:
-            raise ValueError(f"guidance: {guidance}; a prior without conditions has only 1 (off)")
-        if not self.has_null:
-            raise ValueError(f"guidance: {guidance}; this prior was trained with cond_dropout 0 and has only 1 (off)")
-        if cond is None or cond.label is None:
-            raise ValueError(f"guidance: {guidance} needs a label to guide to; expected 1 (off) without one")
 
     def _sample(
         self, ids: Tensor, upper: Sequence[Tensor], label: Tensor | None, seed: int, known: Known | None, options: Sequence[Any]
@@ -214,6 +214,8 @@ class Prior(Pretrained, nn.Module):
 
         Args:
             label: (B,) with ``classes`` for the null.
+            known: (codes, keep), (B, *shape) int64 and bool for each of its levels: wherever keep is True the code comes back as it is,
+                which ``sample`` compares, and others are drawn given it. Codes are 0 elsewhere; rows that pad the batch keep everything.
             options: one of ``Options`` for each of its levels.
         """
         raise NotImplementedError
@@ -285,8 +287,7 @@ class Prior(Pretrained, nn.Module):
         return [codes.view_as(given) for codes, given in zip(flat, upper, strict=True)]
 
     def _keep(self, rng: StepRng | None, *shape: int) -> Tensor | None:
-        """(B, *shape) dropout factors, 0 or 1 / (1 - rate), drawn by ``rng``, so that they depend neither on the batch nor on the
-        rank; None for no dropout."""
+        """(B, *shape) dropout factors, 0 or 1 / (1 - rate), by ``rng``: whatever the batch and the rank; None for no dropout."""
         rate = self.config.dropout
         if rng is None or rate == 0:
             return None

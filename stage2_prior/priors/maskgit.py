@@ -22,6 +22,7 @@ from stage2_prior.masking import Schedule, masked_count, masked_places
 from stage2_prior.packed import packed
 from stage2_prior.priors.base import PRIORS, Known, Prior, PriorConfig, Stats, bits
 from stage2_prior.priors.maskgit_steps import Predictor
+from stage2_prior.sampling import DrawOptions
 from stage2_prior.transformer import Rotary, Transformer, rotary_tables
 
 
@@ -53,7 +54,7 @@ class MaskGITPrior(Prior):
 
     config: MaskGITConfig
     nll_is_bound: ClassVar[bool] = True
-    Options: ClassVar[type[Any]] = MaskGITOptions
+    Options: ClassVar[type[DrawOptions]] = MaskGITOptions
 
     def __init__(self, config: MaskGITConfig, spec: CodesSpec) -> None:
         super().__init__(config, spec)

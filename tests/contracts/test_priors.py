@@ -20,7 +20,7 @@ from stage2_prior import decoding
 from stage2_prior.priors import autoregressive as autoregressive_priors
 from stage2_prior.priors.autoregressive import AutoregressivePrior
 from stage2_prior.priors.base import PRIORS, Prior
-from stage2_prior.sampling import Guidance, draw
+from stage2_prior.sampling import Guidance, draw, guide
 from tests.tiny_priors import CASES, TINY, Case, Leaves
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -282,6 +282,59 @@ def test_a_guidance_schedule_ends_at_the_last_position_of_each_level(case: Case)
         assert once == pytest.approx([i / max(1, level.positions - 1) for i in range(level.positions)])
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if c.classes and issubclass(PRIORS.get(c.type), AutoregressivePrior)], ids=str)
+def test_in_a_completion_a_guidance_schedule_counts_a_samples_own_draws(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    prior = case.build()
+    assert isinstance(prior, AutoregressivePrior)
+    n, start, length = 5, prior.levels.start, len(prior.layout)
+    codes, labels = case.codes(n), torch.arange(n) % case.classes
+    prefix = torch.arange(length)[None] < torch.tensor([0, 1, length // 2, length - 1, length - 2])[:, None]
+    keep = [k.reshape(n, *level.shape) for k, level in zip(prior.layout.split(prefix), prior.own, strict=True)]
+    strengths = list[Any]()
+    monkeypatch.setattr(autoregressive_priors, "guide", lambda cond, null, g: strengths.append(g) or guide(cond, null, g))
+
+    def drawn(rows: slice, model: Prior = prior, **given: Any) -> list[torch.Tensor]:
+        given |= {"upper": [u[rows] for u in codes[:start]], "cond": Cond(label=labels[rows]), "guidance": {"start": 1.5, "stop": 3.0}}
+        return model.sample(torch.arange(n)[rows], seed=1, micro_batch=8, **given)
+
+    def known(rows: slice) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        return [c[rows] for c in codes[start:]], [k[rows] for k in keep]
+
+    out = drawn(slice(n), known=known(slice(n)))
+    found = torch.cat(strengths, 1)[:n].double()
+    for row in range(n):
+        for i, k in enumerate(keep):
+            places = (~k[row].flatten()).nonzero()[:, 0].tolist()
+            for place, (level, position, _) in enumerate(prior.draws):
+                if level == i and position in places:
+                    expected = 1.5 + 1.5 * places.index(position) / max(1, len(places) - 1)
+                    assert float(found[row, place]) == pytest.approx(expected, abs=1e-6)
+        alone = drawn(slice(row, row + 1), known=known(slice(row, row + 1)))
+        assert all(torch.equal(a[0], o[row]) for a, o in zip(alone, out, strict=True))
+    nothing = [torch.zeros_like(k) for k in keep]
+    for model in (prior, copy.deepcopy(prior).to(torch.bfloat16)):
+        free, same = drawn(slice(n), model), drawn(slice(n), model, known=(codes[start:], nothing))
+        assert all(torch.equal(a, b) for a, b in zip(free, same, strict=True))
+
+
+@one_of_each
+def test_a_type_that_does_not_keep_what_is_known_is_named(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    prior = case.build()
+    codes, cond = case.codes(4), case.cond(4)
+    upper, own = codes[: prior.levels.start], codes[prior.levels.start :]
+    keep = [torch.zeros_like(c, dtype=torch.bool) for c in own]
+    keep[0].view(4, -1)[2:, 0] = True
+    honest = prior._sample
+    monkeypatch.setattr(prior, "_sample", lambda ids, upper, label, seed, known, how: honest(ids, upper, label, seed, None, how))
+    free = prior.sample(torch.arange(4), upper=upper, cond=cond)
+    same = prior.sample(torch.arange(4), upper=upper, cond=cond, known=(free, keep))
+    assert all(torch.equal(a, b) for a, b in zip(same, free, strict=True))
+    other = [torch.where(k, (f + 1) % level.vocab, f) for k, f, level in zip(keep, free, prior.own, strict=True)]
+    said = f"known: this {case.type} prior changed 2 kept codes of level '{prior.own[0].name}', the first of them of sample 2; its _sample"
+    with pytest.raises(ValueError, match=said):
+        prior.sample(torch.arange(4), upper=upper, cond=cond, known=(other, keep))
+
+
 @one_of_each
 def test_seed_and_id_decide_the_draws(case: Case) -> None:
     prior = case.build()
@@ -351,6 +404,31 @@ def test_logits_that_are_not_finite_are_an_error(case: Case) -> None:
     next(iter(prior.parameters())).data.fill_(math.nan)
     with pytest.raises(ValueError, match="logits of this .* prior are not finite"):
         prior.sample(torch.arange(2), upper=case.codes(2)[: prior.levels.start], cond=case.cond(2))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.type in ("gpt", "pixelcnn", "rq")], ids=str)
+def test_finite_logits_whose_sum_is_not_are_drawn_from_and_one_that_is_not_finite_is_an_error(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prior = case.build()
+    assert isinstance(prior, AutoregressivePrior)
+    step, one = prior.step, {"logit": 3e38}
+
+    def huge(state: Any, previous: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
+        last = state.index == len(prior.draws) - 1
+        logits, after = step(state, previous)
+        logits = torch.full_like(logits, 3e38)
+        if last:
+            logits[-1, -1] = one["logit"]
+        return logits, after
+
+    monkeypatch.setattr(prior, "step", huge)
+    arguments = {"upper": case.codes(4)[: prior.levels.start], "cond": case.cond(4), "micro_batch": 4}
+    drawn = prior.sample(torch.arange(4), **arguments)
+    assert all(len(level.unique()) > 1 for level in drawn)
+    for one["logit"] in (math.inf, -math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"sample: the logits of this {case.type} prior are not finite"):
+            prior.sample(torch.arange(4), **arguments)
 
 
 # Precision, saving -----------------------------------------------------------------------------------------------

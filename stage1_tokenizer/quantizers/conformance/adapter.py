@@ -24,7 +24,8 @@ class Adapter(Quantizer):
         dim: D.
         vocabs: the size of each map of codes.
         quantize: (layer, (B, N, D)) -> (quantised latents (B, N, D), one (B, N) tensor of codes for each map, loss ()).
-        decode: (layer, the maps (B, N)) -> (B, N, D).
+        decode: (layer, the maps (B, N)) -> (B, N, D). It is asked for one map of each size in ``vocabs``, with ``dropout`` for fewer that
+            lead; another count is refused here, by a ValueError.
         dropout: a residual layer that leaves out its last stages for some samples in training, and gives -1 for the codes of those. They
             become 0 here and the number of stages that count ``Quantized.depth``; ``decode`` gets -1 again for the stages beyond it, and
             for those that are not given. Without it -1 is an error.
@@ -90,6 +91,8 @@ class Adapter(Quantizer):
         return tuple(c.clamp_min(0) for c in codes), depth
 
     def decode(self, codes: tuple[Tensor, ...], depth: Tensor | None = None) -> Tensor:
+        if len(codes) not in self.prefixes():
+            raise ValueError(f"codes: {len(codes)} maps; it decodes {', '.join(map(str, self.prefixes()))}")
         grid = codes[0].shape[1:]
         maps = [c.reshape(len(c), math.prod(grid)) for c in codes]
         if self.dropout and any(bool((c < 0).any()) for c in maps):

@@ -12,12 +12,12 @@ from stage1_tokenizer.quantizers.conformance.subject import GRIDS, SAMPLES, Subj
 
 @conformance()
 def shapes(s: Subject) -> str | None:
-    """z keeps its shape; codes are int64 in [0, vocab) on the grid, one per level; 1-D, 2-D and 3-D grids."""
-    for training in (True, False):
+    """z keeps its shape; codes are int64 in [0, vocab) on the grid, one per level; 1-D to 3-D grids, one position, one sample."""
+    for training, batch in ((True, 3), (True, 1), (False, 3), (False, 1)):
         q = s.fresh(training=training)
         for grid in GRIDS:
-            z = s.latents(3, grid)
-            out = q(z, rng(0, 3))
+            z = s.latents(batch, grid)
+            out = q(z, rng(0, batch))
             kept = out.z.shape == z.shape and out.z.dtype == z.dtype
             require(kept, f"z: {tuple(out.z.shape)} {out.z.dtype} for {tuple(z.shape)} {z.dtype}")
             require(out.loss.shape == () and bool(torch.isfinite(out.loss)), f"loss: {out.loss}; expected one finite number")
@@ -26,7 +26,7 @@ def shapes(s: Subject) -> str | None:
             require(len({level.name for level in levels}) == len(levels), "two levels have the same name")
             for level, codes in zip(levels, out.codes, strict=True):
                 require(level.shape == grid, f"level {level.name}: grid {level.shape}; expected {grid}")
-                require(codes.shape == (3, *grid), f"codes of {level.name}: shape {tuple(codes.shape)}; expected {(3, *grid)}")
+                require(codes.shape == (batch, *grid), f"codes of {level.name}: shape {tuple(codes.shape)}; expected {(batch, *grid)}")
                 require(codes.dtype == torch.int64, f"codes of {level.name}: {codes.dtype}; expected torch.int64")
                 low, high = int(codes.min()), int(codes.max())
                 require(low >= 0 and high < level.vocab, f"codes of {level.name}: {low} ... {high}; expected [0, {level.vocab})")

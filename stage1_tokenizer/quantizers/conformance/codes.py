@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from stage1_tokenizer.quantizers.conformance.subject import GRIDS, SAMPLES, Subj
 HALVES = (torch.bfloat16, torch.float16)
 TIES = 1e-3  # of the codes may be other ones where it is not known how they are chosen
 _MOST_PAIRS = 1 << 22
+_FAR = 300.0  # squares are 10^5 times a standard normal's there
 
 
 @conformance("forward_is_pure")
@@ -68,6 +70,8 @@ def neighbours(s: Subject) -> str | None:
         for rows in (slice(0, 1), slice(1, 7), slice(7, 12)):
             part, whole = z[rows], tuple(c[rows] for c in out.codes)
             codes = q(part, rng(0, len(part), rows.start)).codes
+            for a, b in zip(codes, whole, strict=True):
+                require(a.shape == b.shape, f"codes of {len(part)} samples: shape {tuple(a.shape)}; expected {tuple(b.shape)}")
             found = sum(int((a != b).sum()) for a, b in zip(codes, whole, strict=True))
             differing += found
             far = far or (found > 0 and known and not all(_all_nearest(s, q, part, each) for each in (codes, whole)))
@@ -80,31 +84,55 @@ def neighbours(s: Subject) -> str | None:
 
 def _all_nearest(s: Subject, q: Quantizer, z: Tensor, codes: tuple[Tensor, ...]) -> bool:
     """Codes that matrix products of other sizes may give, as they round otherwise: equally near, within rounding."""
-    return all(bool((excess <= 1e-6).all()) for excess in _excess(s, q, z, codes))
+    return all(bool((found.excess <= 1e-6 * (found.least + found.square)).all()) for found in _compared(s, q, z, codes))
 
 
 @conformance("round_trip", "neighbours")
 def nearest(s: Subject) -> str | None:
-    """The chosen code's float64 distance is within 1e-6 of the brute-force minimum, relative to it and to the latent's square."""
+    """The chosen code is the nearest in float64: to 1e-6 of its square and the latent's; 300 off the origin, to what rounding moves."""
     if s.traits.choices is None:
         raise Skipped("its codes are not known to be chosen by distance")
-    q = s.fresh(training=False)
     z = s.latents(SAMPLES, (max(2, min(60, _MOST_PAIRS // (SAMPLES * s.vocab))),), seed=3)
-    for excess in _excess(s, q, z, q(z).codes):
-        worst = float(excess.max())
+    q = s.fresh(training=False)
+    for found in _compared(s, q, z, q(z).codes):
+        worst = float((found.excess / (found.least + found.square).clamp_min(1e-12)).max())
         require(worst <= 1e-6, f"a chosen code is farther than the nearest by {worst:.3g} (relative; at most 1e-6)")
+    q, z = s.placed(_FAR), z + _FAR
+    for found in _compared(s, q, z, q(z).codes):
+        chosen = found.least + found.excess
+        moves = 4 * torch.finfo(torch.float32).eps * (chosen * found.square).sqrt()  # as latent and codes are rounded themselves
+        worst = float((found.excess - 1e-6 * (chosen + found.spread) - moves).max())
+        require(worst <= 0, f"latents around {_FAR:g}: a chosen code's squared distance is {worst:.3g} more than rounding explains")
     return None
 
 
-def _excess(s: Subject, q: Quantizer, z: Tensor, codes: tuple[Tensor, ...]) -> list[Tensor]:
-    """For each choice by distance (N,): by how much the chosen distance exceeds the least, relative to the sizes in the comparison."""
+class _Compared(NamedTuple):
+    """(N,) float64 of each latent of a choice by distance.
+
+    Attributes:
+        excess: by how much the chosen squared distance exceeds the least.
+        least: the least squared distance.
+        square: |z|^2.
+        spread: |z - m|^2 + max |e - m|^2 about the codes' mean m, the least that squares can be.
+    """
+
+    excess: Tensor
+    least: Tensor
+    square: Tensor
+    spread: Tensor
+
+
+def _compared(s: Subject, q: Quantizer, z: Tensor, codes: tuple[Tensor, ...]) -> list[_Compared]:
+    """One for each choice by distance that made ``codes``."""
     assert s.traits.choices is not None
     found = []
     for choice in s.traits.choices(q, z, codes):
         rows, table = choice.rows.detach().double(), choice.table.detach().double()
         distance = torch.cdist(rows, table, compute_mode="donot_use_mm_for_euclid_dist").square()
         chosen = distance.gather(1, choice.codes[:, None])[:, 0]
-        found.append((chosen - distance.amin(1)) / (distance.amin(1) + rows.square().sum(1)).clamp_min(1e-12))
+        least, mean = distance.amin(1), table.mean(0)
+        spread = (rows - mean).square().sum(1) + (table - mean).square().sum(1).max()
+        found.append(_Compared(chosen - least, least, rows.square().sum(1), spread))
     return found
 
 

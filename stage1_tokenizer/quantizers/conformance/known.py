@@ -14,6 +14,7 @@ from stage1_tokenizer.quantizers.base import Quantized, Quantizer
 from stage1_tokenizer.quantizers.bsq import BSQ
 from stage1_tokenizer.quantizers.composite import Composite
 from stage1_tokenizer.quantizers.conformance.adapter import Adapter
+from stage1_tokenizer.quantizers.conformance.subject import rng
 from stage1_tokenizer.quantizers.conformance.traits import Choice, Codes, Traits, nearest_code, rows_of, table_of
 from stage1_tokenizer.quantizers.fsq import FSQ
 from stage1_tokenizer.quantizers.gumbel import Gumbel
@@ -95,8 +96,10 @@ def _sign(q: Quantizer) -> Traits:
 
 
 def _sign_loss(q: Quantizer, z: Tensor, out: Quantized) -> Tensor:
-    """Both entropies over all 2^d codes, enumerated."""
+    """Both entropies over all 2^d codes, enumerated; they are of training."""
     assert isinstance(q, SignQuantizer)
+    if not q.training:
+        return q.config.beta * F.mse_loss(q.project(rows_of(z)), rows_of(q.decode(out.codes)))
     c, u, table = q.config, q.project(rows_of(z)), table_of(q)
     p = F.softmax(-(u[:, None] - table[None]).square().sum(-1) / c.tau, 1)
     own = -(p * p.clamp_min(1e-30).log()).sum(1).mean()
@@ -106,7 +109,7 @@ def _sign_loss(q: Quantizer, z: Tensor, out: Quantized) -> Tensor:
 
 def _composite(q: Quantizer) -> Traits:
     assert isinstance(q, Composite)
-    inner, through = traits_of(q.part(0)), isinstance(q, Product) or q.straight_through
+    inner, through = traits_of(q.part(0)), isinstance(q, Product) or q.part(0).straight_through
     split = _groups if isinstance(q, Product) else _stages
 
     def choices(q: Quantizer, z: Tensor, codes: Codes) -> list[Choice]:
@@ -120,13 +123,17 @@ def _composite(q: Quantizer) -> Traits:
             keep = torch.ones(len(z), dtype=torch.bool) if out.depth is None else out.depth > i
             if keep.any():
                 some = Quantized(latents[keep], tuple(c[keep] for c in codes), z.new_zeros(()))
-                terms.append(inner.loss(part, latents[keep], some) * keep.double().mean().to(z.dtype))
+                square = q.scales[i] ** 2 if isinstance(q, Residual) else 1.0  # a magnified stage's loss in units of z
+                terms.append(inner.loss(part, latents[keep], some) * keep.double().mean().to(z.dtype) * square)
         return torch.stack(terms).sum() / (q.count if isinstance(q, Product) else 1)
 
     def surrogate(q: Quantizer, z: Tensor) -> Tensor:
         assert isinstance(q, Composite) and inner.surrogate is not None
-        if not isinstance(q, Product):
-            return z
+        if isinstance(q, Residual):
+            if not q.training or q.straight_through:
+                return z
+            share = torch.where(q.depth(rng(0, len(z))) < q.count, q.config.shallow_gradient, 1.0).to(z.dtype)
+            return z * share.view(-1, *[1] * (z.ndim - 1))
         return torch.cat([inner.surrogate(q.part(i), columns) for i, columns in enumerate(z.chunk(q.count, 1))], 1)
 
     return Traits(

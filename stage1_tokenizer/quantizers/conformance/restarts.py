@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -12,15 +14,10 @@ from stage1_tokenizer.quantizers.conformance.compare import close, gradients_of,
 from stage1_tokenizer.quantizers.conformance.kit import conformance
 from stage1_tokenizer.quantizers.conformance.ranks import in_processes, in_threads
 from stage1_tokenizer.quantizers.conformance.report import Skipped
-from stage1_tokenizer.quantizers.conformance.subject import SAMPLES, Subject, rng, state
+from stage1_tokenizer.quantizers.conformance.subject import SAMPLES, Subject, restarts, rng, state
+from stage1_tokenizer.quantizers.conformance.traits import rows_of
 
-MOST_STEPS = 600  # where moving averages of 0.99 or less let codes die
 SHARES = ((0, 7), (7, 12))
-
-
-def most_steps(s: Subject) -> int:
-    """How long restarts may take: counts that hardly move say late that a code is dead."""
-    return max(MOST_STEPS, min(20000, round(6 / (1 - s.traits.ema)))) if s.traits.ema is not None else MOST_STEPS
 
 
 @conformance("forward_is_pure")
@@ -32,7 +29,7 @@ def restart_raises_usage(s: Subject) -> str | None:
     before, after, step = s.usage(q, s.far(60)), 0.0, 0
     if before > 0.5:
         raise Skipped(f"distant latents already use {before:.0%} of the codes")
-    while (after < 0.5 or after <= before) and step < most_steps(s):
+    while (after < 0.5 or after <= before) and step < s.most_steps:
         s.step(q, s.far(60 + step), step)
         step += 1
         after = s.usage(q, s.far(60)) if step % 10 == 0 else after
@@ -42,31 +39,41 @@ def restart_raises_usage(s: Subject) -> str | None:
 
 @conformance("restart_raises_usage")
 def restart_is_whole(s: Subject) -> str | None:
-    """A restart sets vector, sum and count together: the code stays where it was put while nothing is assigned to it."""
+    """A restart sets vector, sum and count: the code stays, with what is assigned to it there or nothing. No two are equal."""
     if not s.traits.restart:
         raise Skipped("it restarts no codes")
     q = s.fresh()
     if len(q.level_specs("name", (1,))) > 1:
         raise Skipped("it has several maps; its parts are checked as themselves")
-    for step in range(most_steps(s)):
+    for step in range(s.most_steps):
         before = s.table(q)
-        assigned = torch.zeros(len(before), dtype=torch.bool)
-        for out in s.step(q, s.far(60 + step), step):
-            assigned[out.codes[0].flatten()] = True
-        placed = s.table(q)
-        moved = ((placed - before).norm(dim=1) > 1e-3) & ~assigned
+        codes, _ = _train_step(s, q, s.far(60 + step), step)
+        placed, numbers = s.table(q), torch.arange(len(before))
+        moved = ((placed - before).norm(dim=1) > 1e-3) & ~torch.isin(numbers, codes)
         if moved.any():
             break
     else:
-        raise Skipped(f"no code was restarted in {most_steps(s)} steps")
-    only = int(assigned.nonzero()[0])
-    z = placed[only].view(1, -1, 1).expand(SAMPLES, -1, *s.grid).contiguous()
-    used = torch.zeros_like(assigned)
-    for out in s.step(q, z, step + 1):
-        used[out.codes[0].flatten()] = True
-    still = moved & ~used
-    close(s.table(q)[still], placed[still], "restarted codes one step later, nothing assigned to them", 1e-4)
+        raise Skipped(f"no code was restarted in {s.most_steps} steps")
+    latents = rows_of(s.far(60 + step)) if s.traits.project_code is None else s.traits.project_code(rows_of(s.far(60 + step)))
+    different, possible = len(placed[moved].unique(dim=0)), min(int(moved.sum()), len(latents.unique(dim=0)))
+    require(different >= possible, f"{int(moved.sum())} codes restarted in a step at {different} different places")
+    later = copy.deepcopy(q)
+    codes, again = _train_step(s, later, placed[codes.min()].expand(s.rows, -1), step + 1)
+    if not again:  # with a short memory, codes without a latent are dead in the next step, and restart with it
+        still = moved & ~torch.isin(numbers, codes)
+        close(s.table(later)[still], placed[still], "restarted codes one step later, nothing assigned to them", 1e-4)
+    there = numbers[moved][torch.arange(s.rows) % int(moved.sum())]
+    codes, _ = _train_step(s, q, placed[there], step + 1)
+    still = torch.isin(numbers, codes[codes == there]) & ~torch.isin(numbers, codes[codes != there])
+    close(s.table(q)[still], placed[still], "restarted codes one step later, latents there assigned to them", 1e-4)
     return None
+
+
+def _train_step(s: Subject, q: Quantizer, z: Tensor, step: int) -> tuple[Tensor, float | None]:
+    """A step over (12, D, *grid) or rows (N, D) for them: the codes (N,); how many restarted, None where it does not say."""
+    z = z if z.ndim > 2 else z.reshape(SAMPLES, *s.grid, -1).movedim(-1, 1).contiguous()
+    codes = q(z, rng(step, SAMPLES)).codes[0].flatten()
+    return codes, restarts(q.update(rng(step, 1), comm))
 
 
 def _far_steps(s: Subject, q: Quantizer, c: Comm, first: int, last: int, steps: int, at: float) -> dict[str, Tensor]:
@@ -113,14 +120,14 @@ def two_ranks_restart(s: Subject) -> str | None:
     if not s.traits.restart:
         raise Skipped("it restarts no codes")
     q, steps = s.fresh(torch.float64), 0
-    while steps < most_steps(s):
+    while steps < s.most_steps:
         q(s.batch(70 + steps, torch.float64) + 40.0, rng(steps, SAMPLES))
         stats = q.update(rng(steps, 1), comm)
         steps += 1
-        restarts = [float(value) for name, value in stats.items() if name.split("/")[0] == "restarts"]
-        if not restarts:
+        moved = restarts(stats)
+        if moved is None:
             raise Skipped("its update reports no restarts")
-        if sum(restarts) > 0:
+        if moved > 0:
             break
     else:
         raise Skipped(f"no code was restarted in {steps} steps")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
 
 import stage1_tokenizer.quantizers.conformance.codes  # noqa: F401  its checks stand before these
 from intarsia.distributed import comm
@@ -13,7 +14,7 @@ from intarsia.rng import StepRng
 from stage1_tokenizer.quantizers.conformance.compare import close, equal, gradients_of, require, same_state
 from stage1_tokenizer.quantizers.conformance.kit import conformance
 from stage1_tokenizer.quantizers.conformance.report import Skipped, Violation
-from stage1_tokenizer.quantizers.conformance.subject import SAMPLES, Subject, rng, state, unsaved_tensors
+from stage1_tokenizer.quantizers.conformance.subject import SAMPLES, Subject, restarts, rng, state, unsaved_tensors
 
 TOLERANCE = 1e-10  # in float64; a smoothing by 1e-5 that is written back stands out
 
@@ -68,21 +69,51 @@ def accumulation(s: Subject) -> str | None:
 
 @conformance("accumulation")
 def inactive(s: Subject) -> str | None:
-    """Samples that are not active add nothing to loss and statistics, and are quantised all the same."""
+    """Samples that are not active add nothing to loss and statistics, restart no code, and are quantised all the same."""
     if not s.traits.active:
         raise Skipped("its forward takes no active samples")
     active = torch.arange(SAMPLES) % 3 > 0
-    z, index = s.batch(30, torch.float64), torch.arange(SAMPLES)
+    share, some = active.double().mean(), torch.arange(SAMPLES)[active]
     masked, alone = s.fresh(torch.float64), s.fresh(torch.float64)
+    z, part = s.batch(30, torch.float64).requires_grad_(), s.batch(30, torch.float64)[active].requires_grad_()
     first = masked(z, rng(0, SAMPLES), active=active)
-    second = alone(z[active], StepRng(0, 0, index[active]))
-    close(first.loss, second.loss * active.double().mean(), "the loss against that of the active samples times their share", 1e-10)
+    second = alone(part, StepRng(0, 0, some))
+    close(first.loss, second.loss * share, "the loss against that of the active samples times their share", 1e-10)
+    given = gradients_of(first.loss, {"the latents": z, **dict(masked.named_parameters())})
+    wanted = gradients_of(second.loss * share, {"the latents": part, **dict(alone.named_parameters())})
+    require(not bool(given["the gradient of the latents"][~active].any()), "the loss has a gradient at samples that are not active")
+    given["the gradient of the latents"] = given["the gradient of the latents"][active]
+    for gradients in (given, wanted):
+        gradients["the gradient of the latents"] *= z.numel()
+    same_state(given, wanted, "the loss against that of the active samples", 1e-10)
     for a, b in zip(first.codes, second.codes, strict=True):
         equal(a[active], b, "codes of the active samples")
+    whole = s.fresh(torch.float64)(z, rng(0, SAMPLES))
+    for a, b in zip(first.codes, whole.codes, strict=True):
+        equal(a, b, "codes of all samples, some of them not active, against those where all are")
+    close(first.z, whole.z, "z of all samples, some of them not active, against that where all are", 1e-10)
     for q in (masked, alone):
         q.update(rng(0, 1), comm)
     same_state(state(masked), state(alone), "the statistics of all against those of the active samples", 1e-10)
-    return None
+    return _restarts_without(s, active) if s.traits.restart else None
+
+
+def _restarts_without(s: Subject, active: Tensor) -> str | None:
+    """Until a code restarts: what all samples do to the codes, against what the active ones do alone. What it leaves out, or None."""
+    some = torch.arange(SAMPLES)[active]
+    masked, alone = s.fresh(torch.float64), s.fresh(torch.float64)
+    for step in range(1, s.most_steps + 1):
+        z = s.far(30 + step, torch.float64)
+        masked(z, rng(step, SAMPLES), active=active)
+        alone(z[active], StepRng(0, step, some))
+        stats = [q.update(rng(step, 1), comm) for q in (masked, alone)]
+        moved = [restarts(each) for each in stats]
+        if None in moved:
+            return "its update reports no restarts: where they come from is not judged"
+        if any(moved):
+            same_state(state(masked), state(alone), "after restarts: codes against those that the active samples alone restart", 1e-10)
+            return None
+    return f"no code was restarted in {s.most_steps} steps"
 
 
 @conformance("forward_is_pure")
@@ -98,14 +129,18 @@ def bad_latents(s: Subject) -> str | None:
         same_state(state(q), before, f"after {bad} in eval mode")
         train, clean = s.fresh(), s.fresh()
         train(z, rng(0, SAMPLES))
+        taken = True
         try:
             train(spoiled, rng(0, SAMPLES))
             require(not bool(train.finite()), f"{bad} in training: no error, and finite() is True")
         except ValueError:
-            pass  # an error is as good as the flag
+            taken = False  # an error is as good as the flag
         same_state(state(train), before, f"after {bad} in training")
+        last = s.batch(41)
+        train(last, rng(0, SAMPLES, SAMPLES))
+        require(not (taken and bool(train.finite())), f"{bad} in training: finite() is True after the next micro-batch")
         train.update(rng(0, 1), comm)
-        s.step(clean, z, 0)
+        s.step(clean, torch.cat([z, last]), 0, splits=(SAMPLES, SAMPLES))
         same_state(state(train), state(clean), f"a step with a micro-batch of {bad}, against the step without it")
     _refused(lambda: s.fresh(training=False)(z[:0]), "empty", "an empty batch in eval mode")
     _refused(lambda: s.fresh()(z[:0], rng(0, 0)), "empty", "an empty batch in training")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from stage1_tokenizer.quantizers.base import Quantized, Quantizer
 from stage1_tokenizer.quantizers.conformance.traits import Traits, table_of
 
 SAMPLES = 12
-GRIDS = ((5,), (3, 4), (2, 3, 2))
+GRIDS = ((1,), (5,), (3, 4), (2, 3, 2))
+MOST_STEPS = 600  # where moving averages of 0.99 or less let codes die
 _MOST_ROWS = 16384
 
 
@@ -28,7 +29,7 @@ class Subject:
         processes: two ranks are real processes.
         vocab: the largest vocabulary of its maps.
         copies: ``make`` copies one instance.
-        grid: of the usual batch of 12 samples, large enough that every code has some use.
+        grid, rows: of the usual batch of 12 samples, large enough that every code has some use; the positions of all of them.
 
     Raises:
         ValueError: where it has no ``dim`` or no ``level_specs``, without which nothing can be asked of it.
@@ -39,6 +40,7 @@ class Subject:
         self._start = self.build()
         self.dim, self.vocab = _sizes(name, self._start)
         self.grid = (math.ceil(min(_MOST_ROWS, max(360, 12 * self.vocab)) / SAMPLES),)
+        self.rows = SAMPLES * self.grid[0]
         self._failure: Exception | None = None
         try:
             self._start.initialize(self.latents(SAMPLES, self.grid, seed=90).movedim(1, -1).flatten(0, -2), rng(0, SAMPLES))
@@ -58,6 +60,12 @@ class Subject:
             raise self._failure
         return copy.deepcopy(self._start).to(dtype).train(training)
 
+    def placed(self, offset: float) -> Quantizer:
+        """One in eval mode whose first latents lay around ``offset``, and so its codebook, where it is set from them."""
+        q = self.build()
+        q.initialize((self.latents(SAMPLES, self.grid, seed=90) + offset).movedim(1, -1).flatten(0, -2), rng(0, SAMPLES))
+        return q.eval()
+
     def latents(self, n: int, grid: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
         """(n, D, *grid) standard normal."""
         return StepRng(seed, 0, torch.arange(n)).normal("conformance", self.dim, *grid).to(dtype)
@@ -75,14 +83,20 @@ class Subject:
         return table_of(quantizer).detach().clone()
 
     def usage(self, quantizer: Quantizer, z: Tensor) -> float:
-        """The share of codes that a batch uses, in eval mode: the least of all maps, or of their one table."""
+        """The share of the codes in use that a batch uses, in eval mode: the least of all maps, or of their one table."""
         training = quantizer.training
         codes = quantizer.eval()(z).codes
         quantizer.train(training)
+        known = min(part.codes_in_use(self.vocab) for part in quantizer.modules() if isinstance(part, Quantizer))  # fewer while they grow
         if self.traits.one_table:
-            return torch.cat([c.flatten() for c in codes]).unique().numel() / self.vocab
-        sizes = [level.vocab for level in quantizer.level_specs("name", tuple(z.shape[2:]))]
+            return torch.cat([c.flatten() for c in codes]).unique().numel() / known
+        sizes = [min(level.vocab, known) for level in quantizer.level_specs("name", tuple(z.shape[2:]))]
         return min(c.unique().numel() / size for c, size in zip(codes, sizes, strict=True))
+
+    @property
+    def most_steps(self) -> int:
+        """How long restarts may take: counts that hardly move say late that a code is dead."""
+        return max(MOST_STEPS, min(20000, round(6 / (1 - self.traits.ema)))) if self.traits.ema is not None else MOST_STEPS
 
     def step(self, quantizer: Quantizer, z: Tensor, step: int, comm: Comm = comm, splits: tuple[int, ...] = (SAMPLES,)) -> list[Quantized]:
         """One training step over ``z`` in micro-batches of the given sizes; what each gave."""
@@ -122,6 +136,12 @@ def unsaved_tensors(quantizer: Quantizer) -> list[str]:
 def rng(step: int, n: int, start: int = 0) -> StepRng:
     """The draws of samples start ... start + n - 1."""
     return StepRng(0, step, torch.arange(start, start + n))
+
+
+def restarts(stats: Mapping[str, Tensor]) -> float | None:
+    """How many codes were restarted, by what ``update`` returned; None where it does not say."""
+    found = [float(value) for name, value in stats.items() if name.split("/")[0] == "restarts"]
+    return sum(found) if found else None
 
 
 def state(quantizer: Quantizer) -> dict[str, Tensor]:

@@ -43,17 +43,15 @@ def unpatch(x: Tensor, patch: int | tuple[int, ...]) -> Tensor:
 class Modulation(nn.Module):
     """x (1 + a_k) + b_k: channels scaled and shifted by the kind k of a sample (FiLM, Perez et al. 2018, arXiv:1709.07871).
 
-    At first a = b = 0. Without a kind x comes back.
+    At first a = b = 0.
     """
 
     def __init__(self, kinds: int, width: int) -> None:
         super().__init__()
         self.scale, self.shift = nn.Parameter(torch.zeros(kinds, width)), nn.Parameter(torch.zeros(kinds, width))
 
-    def forward(self, x: Tensor, kind: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, kind: Tensor) -> Tensor:
         """x: (B, C, *grid); kind: (B,) int64."""
-        if kind is None:
-            return x
         scale, shift = (table[kind].view(*x.shape[:2], *[1] * (x.ndim - 2)).to(x.dtype) for table in (self.scale, self.shift))
         return x * (1 + scale) + shift
 
@@ -81,7 +79,11 @@ class ResidualBlock(nn.Module):
 
 
 def _told(x: Tensor, modulation: Modulation | None, kind: Tensor | None) -> Tensor:
-    return x if modulation is None else modulation(x, kind)
+    if modulation is None:
+        return x
+    if kind is None:
+        raise ValueError("kind: None; this decoder was told of kinds of samples and needs one for each")
+    return modulation(x, kind)
 
 
 class AttentionBlock(nn.Module):

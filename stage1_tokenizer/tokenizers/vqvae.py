@@ -46,7 +46,7 @@ class VQVAE(Tokenizer):
         if config.by_depth:
             if len(self.prefixes()) < 2:
                 made = f"this {config.quantizer.type_name} quantizer decodes from all of its maps alone"
-                raise ValueError(f"by_depth: true, but {made}; expected one with quantiser dropout")
+                raise ValueError(f"tokenizer.by_depth: true, but {made}; expected one with quantiser dropout")
             self.net.tell(len(self.prefixes()))
         conv = CONV[len(signal.shape)]
         self.to_codes = conv(self.net.width, self.quantizer.dim, 1)

@@ -61,6 +61,7 @@ def shipped_configs() -> list[str]:
 
 def find_config(name: str) -> Path:
     """A file path first, then the name of a shipped configuration. Raises ConfigError with the names that there are."""
+    name = os.path.expanduser(name)
     if Path(name).is_file():
         return Path(name)
     shipped = shipped_configs()
@@ -144,7 +145,7 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, aliases: Mapping[str,
             else:
                 flags[name] = int(value)
         elif name == "resume":
-            flags[name] = value
+            flags[name] = os.path.expanduser(value)
         elif name == "import":
             errors += _import(value)
             flags["imports"] = (*flags.get("imports", ()), value)

@@ -22,9 +22,7 @@ def is_complete(folder: Path, plan: Mapping[str, Any]) -> bool:
         if difference:
             raise CodesError(f"out: {folder} holds a complete dump of {_other(*difference)}")
         return True
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / WORK).is_dir():
-        raise CodesError(f"out: {folder} is not empty and holds no dump of codes; choose another folder")
-    writable_folder(folder, "out", CodesError, make=False)
+    writable_folder(folder, "out", CodesError, make=False, own=(MANIFEST, WORK), alone=True)
     return False
 
 

@@ -167,6 +167,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     path = folder / MANIFEST
     if not folder.is_dir():
         raise CodesError(f"codes: {str(folder)!r} is no folder")
+    if not path.is_file() and not ((folder / ".dump").is_dir() or any(folder.glob("*/*.parquet"))):
+        raise CodesError(f"codes: {str(folder)!r} is no dump of codes: it holds neither {MANIFEST} nor shards")
     if not path.is_file():
         raise CodesError(f"{path}: is missing: the dump of codes is incomplete; run the same encode command again to complete it")
     tree = read_json(path, CodesError)

@@ -11,6 +11,7 @@ may grow) or ``Place`` (device, paths, logging: free). ``Added`` marks, beside t
 from __future__ import annotations
 
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -64,7 +65,7 @@ class Config(BaseModel):
             target, tree = _resolve_type(cls, dict(value))
             if target is not cls:
                 return typing.cast(Self, target.model_validate(tree))
-            return handler(complete(cls, tree))
+            return handler({name: _at_home(cls, name, part) for name, part in complete(cls, tree).items()})
         return handler(value)
 
     def to_dict(self) -> dict[str, Any]:
@@ -157,6 +158,13 @@ def complete(cls: type[Config], tree: Mapping[str, Any]) -> dict[str, Any]:
     return done
 
 
+def _at_home(cls: type[Config], name: str, value: Any) -> Any:
+    """A text that begins with ``~/`` is a path in the user's home folder, as a shell would have it; a place may be ``~`` itself."""
+    field = cls.model_fields.get(name)
+    home = isinstance(value, str) and (value.startswith("~/") or (value == "~" and field is not None and field_class(field) == "place"))
+    return os.path.expanduser(value) if home else value
+
+
 def _lay_over(default: Any, given: Any) -> Any:
     if not isinstance(default, dict) or not isinstance(given, Mapping):
         return given
@@ -193,10 +201,22 @@ def _unknown_keys(cls: type[Config], tree: Mapping[str, Any], path: str) -> Iter
         where = f"{path}{key}"
         field = target.model_fields.get(key)
         if field is None:
-            yield f"{where}: unknown key{nearest(key, target.model_fields)} allowed: {', '.join(target.model_fields)}"
+            known = ", ".join(target.model_fields)
+            if others := _types_with(cls, key):
+                have = f"of the type {target.type_name!r}; {others} ({path}type)"
+                yield f"{where}: unknown key {have}; allowed: {known}"
+            else:
+                yield f"{where}: unknown key{nearest(key, target.model_fields)} allowed: {known}"
         elif (inner := config_class(field.annotation)) is not None:
             for at, item in [("", value)] if isinstance(value, Mapping) else _numbered(value):
                 yield from _unknown_keys(inner, item, f"{where}.{at}")
+
+
+def _types_with(cls: type[Config], key: Any) -> str:
+    """Which other types of the registry have a key, in words; "" where none has."""
+    configs = {} if cls.registry is None else {name: cls.registry.config(name) for name in cls.registry.names()}
+    names = [name for name, config in configs.items() if issubclass(config, cls) and key in config.model_fields]
+    return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} it" if names else ""
 
 
 def _numbered(value: Any) -> list[tuple[str, Mapping[str, Any]]]:

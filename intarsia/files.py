@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 MAX_JSON = 1 << 26  # names and counts of 65,536 classes, or the list of a million shards, among others
 MAX_JSON_DEPTH = 64
+BESIDE = (".log", ".out", ".err", ".sh", ".yaml", ".yml")  # what a command was started by, and what it printed
+NEUTRAL = ("README.md", "LICENSE", "log.txt")  # of a clone of a repository, and a log
+NEUTRAL_FOLDERS = ("logs", "wandb", "lost+found")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+RUN_FILES = ("config.yaml", "metrics.jsonl")
+FIGURES = ("evaluation.json", "timing.json", "comparison.json", "guidance.json", "completions.json", "doctor.json")
+EVALUATED = (*FIGURES, "samples.png", "baseline.png", "nearest.png", *RUN_FILES, "pipeline.json")
+"""What marks a folder that evaluations may write to: each adds a few files, so that they may share one, a run's and a pipeline's too."""
 
 
 def fsync_path(path: Path) -> None:
@@ -26,13 +35,56 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def writable_folder(path: str | Path, name: str, error: Callable[[str], Exception], *, make: bool = True) -> Path:
+def foreign(folder: Path, own: Sequence[str], *, alone: bool = False) -> str:
+    """What speaks against writing to ``folder``: "" where it is new, empty, or holds one of ``own``, the names that this command leaves.
+
+    Elsewhere a data set of images is refused, flat or with a folder per class: what is written there would make another of it.
+
+    Args:
+        alone: refuse all else too but hidden files, logs, scripts and configurations (BESIDE), NEUTRAL and NEUTRAL_FOLDERS.
+    """
+    if not folder.is_dir() or any((folder / name).exists() for name in own):
+        return ""
+    lacks = f"but no {next(name for name in own if name[0] != '.')}; expected a new or empty folder, or one that this command wrote"
+    names = sorted(p.name for p in _some(folder) if not (p.name[0] == "." or _neutral(p)))
+    if alone and names:
+        return f"holds {names[0]!r}{f' and {len(names) - 1} more' if names[1:] else ''}, {lacks}"
+    classes = (path for path in _some(folder) if path.is_dir() and path.name[0] != ".")
+    found = next((path for path in (folder, *itertools.islice(classes, 64)) if _mostly_images(path)), None)
+    return "" if found is None else f"holds images{'' if found == folder else f' in {found.name!r}'}, {lacks}"
+
+
+def _some(folder: Path) -> Iterator[Path]:
+    """The first of a folder's entries: enough to tell what it is."""
+    return itertools.islice(folder.iterdir(), 1000)
+
+
+def _neutral(path: Path) -> bool:
+    return path.name in NEUTRAL_FOLDERS if path.is_dir() else path.name in NEUTRAL or path.suffix in BESIDE
+
+
+def _mostly_images(folder: Path) -> bool:
+    suffixes = [path.suffix.lower() for path in _some(folder) if path.name[0] != "."]
+    return 2 * sum(suffix in IMAGES for suffix in suffixes) > len(suffixes)
+
+
+def writable_folder(
+    path: str | Path,
+    name: str,
+    error: Callable[[str], Exception],
+    *,
+    make: bool = True,
+    own: Sequence[str] | None = None,
+    alone: bool = False,
+) -> Path:
     """``path`` as a folder to write to.
 
     Args:
         name: the argument that names it, for messages.
-        error: makes the exception that is raised from a one-line message, for a file, a folder below one and one that cannot be written to.
+        error: makes the exception that is raised from a one-line message, for a file, a folder below one, one that cannot be written to,
+            and one of other things (``own``).
         make: make the folder with its parents, and a temporary file in it; else only look, and change nothing.
+        own, alone: as for ``foreign``, which decides where ``own`` is given.
     """
     folder = Path(path)
     try:
@@ -43,6 +95,8 @@ def writable_folder(path: str | Path, name: str, error: Callable[[str], Exceptio
             raise error(f"{name}: {folder} {'is' if nearest == folder.absolute() else 'lies below'} a file; expected a folder")
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if own is not None and (found := foreign(folder, own, alone=alone)):
+            raise error(f"{name}: {folder} {found}")
         if make:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.config import Config, ConfigError, hashed
-from intarsia.files import json_bytes, read_json, write_atomic
+from intarsia.files import foreign, json_bytes, read_json, write_atomic
 from intarsia.hub_files import CARD, CONFIG, WEIGHTS, HubError, check_subfolder, fetch, model_card, push_folder, release_folder
 from intarsia.meta import build_on_meta
 from intarsia.registry import Registry
@@ -88,14 +88,19 @@ class Pretrained:
     def save_pretrained(self, folder: str | Path, *, metrics: Mapping[str, float] | None = None, license: str | None = None) -> None:
         """Writes the release; ``config.json`` comes last, so that a torn one does not load.
 
+        A release that the folder holds is replaced, a README.md by the model card.
+
         Args:
             metrics: figures for the model card.
             license: an identifier for the model card, left out where None: it is the publisher's to choose.
 
         Raises:
+            FileExistsError: for a data set of images.
             HubError: where the module is not what its configuration builds, and would not load.
         """
         folder = Path(folder)
+        if found := foreign(folder, (CONFIG, WEIGHTS)):
+            raise FileExistsError(f"{folder}: {found}")
         tensors = module_tensors(self._module())
         dtype = self._check_rebuilds(tensors)
         tree = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,17 +13,24 @@ from torch import nn
 _WHOLE = "ieee"  # torch's word for float32 that is not shortened to TF32 or bfloat16 within a product
 
 
-class inference:
-    """Eval mode without autocast for the length of a ``with``, in ``exact_arithmetic``. All of it is restored.
+def module_device(module: nn.Module) -> torch.device:
+    """Where its first parameter is, or its first buffer where it has none; the CPU for a module without either."""
+    return next((t.device for t in chain(module.parameters(), module.buffers())), torch.device("cpu"))
 
-    ``module`` has parameters.
-    """
+
+def module_dtype(module: nn.Module) -> torch.dtype:
+    """That of its first floating-point parameter, or buffer where it has none; float32 for a module without either."""
+    return next((t.dtype for t in chain(module.parameters(), module.buffers()) if t.is_floating_point()), torch.float32)
+
+
+class inference:
+    """Eval mode without autocast for the length of a ``with``, in ``exact_arithmetic``. All of it is restored."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
     def __enter__(self) -> None:
-        device = next(self.module.parameters()).device.type
+        device = module_device(self.module).type
         self.was_training = self.module.training
         self.settings = ExitStack()
         self.settings.enter_context(torch.autocast(device, enabled=False))

@@ -177,7 +177,11 @@ class Run(RunFolder):
         return self._stepper.forward(part)
 
     def backward(self, loss: Tensor, part: Part, stats: Mapping[str, Tensor] | None = None) -> None:
-        """Adds the gradient of ``loss`` (the mean over the part's samples), weighted by samples; remembers loss and ``stats``."""
+        """Adds the gradient of ``loss`` (the mean over the part's samples), weighted by samples; remembers loss and ``stats``.
+
+        Raises:
+            UserError: the first time, where a trained parameter of the module got no gradient.
+        """
         self._stepper.backward(loss, part, stats)
 
     def optimizer_step(self, finite: Tensor | None = None) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import nn
 
 from intarsia import machine, sharding
-from intarsia.checkpoint import newest_valid
+from intarsia.checkpoint import MANIFEST, newest_valid
 from intarsia.cli import Flags, UserError
 from intarsia.distributed import comm
-from intarsia.files import json_bytes, read_json, writable_folder, write_atomic
+from intarsia.files import RUN_FILES, json_bytes, read_json, writable_folder, write_atomic
 from intarsia.journal import Journal
 from intarsia.lock import RunLock
 from intarsia.release import replace_folder, restore_folder
@@ -26,19 +26,26 @@ from intarsia.together import on_main
 Save = Callable[[Path], Any]
 
 
-def run_path(text: str, *, make: bool = True) -> Path:
+def run_path(text: str, *, make: bool = True, own: Sequence[str] = RUN_FILES) -> Path:
     """The folder of a run: a relative path with its parents, an absolute one only below an existing folder.
 
     Args:
         make: make it, and write to it; else only look.
+        own: the names that show it to be one already, as for ``files.foreign``.
 
     Raises:
-        UserError: naming ``run``, where it cannot be written to.
+        UserError: naming ``run``, where it cannot be written to, or is a data set of images.
     """
     folder = Path(text)
     if folder.is_absolute() and not folder.parent.is_dir():
         raise UserError(f"run: {folder}: the parent folder does not exist; expected a path below an existing folder")
-    return writable_folder(folder, "run", UserError, make=make)
+    return writable_folder(folder, "run", UserError, make=make, own=own)
+
+
+def check_resume(flags: Flags) -> None:
+    """Raises UserError where ``--resume`` names no checkpoint."""
+    if flags.resume is not None and not (Path(flags.resume) / MANIFEST).is_file():
+        raise UserError(f"resume: {flags.resume!r} holds no {MANIFEST}; expected a checkpoint, such as RUN/checkpoints/step-00000100")
 
 
 class RunFolder:
@@ -58,6 +65,7 @@ class RunFolder:
 
     def __init__(self, config: RunConfig, flags: Flags | None = None, *, kind: str) -> None:
         self.config, self.flags, self.kind, self.comm = config, flags or Flags(), kind, comm
+        check_resume(self.flags)
         self.folder = run_path(config.run)
         self.checkpoints = self.folder / "checkpoints"
         device = machine.pick_device(config)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from intarsia.average import AveragedWeights
-from intarsia.cli import RunError
+from intarsia.cli import RunError, UserError
 from intarsia.distributed import Comm
 from intarsia.machine import tensor_bytes
 from intarsia.metrics_log import RunningMeans
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 QUANTITIES = ("latents", "loss", "gradients")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LEAST_SCALE = 2.0**-14
+NAMED = 3  # parameters that a message names
 
 
 def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -51,6 +52,20 @@ def state_bytes(module: nn.Module, optim: OptimConfig) -> int:
     trained = tensor_bytes(p for p in module.parameters() if p.requires_grad)
     single = tensor_bytes(hidden_weights(module)) if optim.muon else 0
     return trained * (3 if optim.average else 2) - single
+
+
+def check_gradients(module: nn.Module) -> None:
+    """Raises UserError, with the first names, where a parameter that requires a gradient has none after a backward.
+
+    It would stay as it was drawn, in silence; among several processes DDP would wait for it in vain.
+    """
+    idle = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+    if not idle:
+        return
+    rest = f" and {len(idle) - NAMED} more" if len(idle) > NAMED else ""
+    what = f"parameter{'s' if len(idle) > 1 else ''} {', '.join(idle[:NAMED])}{rest} get{'s' if len(idle) == 1 else ''} no gradient"
+    advice = "the loss has to depend on it, or it is frozen (requires_grad False) or left out"
+    raise UserError(f"{what}: every trained parameter must, in every step; {advice}")
 
 
 class Stepper:
@@ -92,6 +107,7 @@ class Stepper:
         if comm.world_size > 1 and not self.sharded:
             self.model = self._distribute(accelerator)
         self.bad_steps = self.stop = 0
+        self._gradients_seen = False  # whether a backward of this process was looked at
         self._reset_flags()
 
     def _distribute(self, accelerator: Accelerator) -> nn.Module:
@@ -137,12 +153,18 @@ class Stepper:
         Args:
             loss: (), the mean over the samples of the part.
             stats: scalars, means over the samples of the part, to log beside the loss.
+
+        Raises:
+            UserError: after the first backward, before any weight has changed, where a trained parameter of the module got no gradient.
         """
         if not part.ghost:
             self._finite_loss &= torch.isfinite(loss.detach())
         weighted = loss * part.weight
         with torch.autocast(self.device.type, enabled=False):
             (weighted if self.scaler is None else self.scaler.scale(weighted)).backward()  # type: ignore[no-untyped-call]
+        if not self._gradients_seen and (part.last or not self.sharded):  # dealt gradients are there after the last part
+            check_gradients(self.module)
+            self._gradients_seen = True
         self.means.stage({"loss": loss, **(stats or {})}, part.share)
 
     def step(self, step: int, finite: Tensor | None, signal: int) -> bool:

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from intarsia.cli import UserError, parse, run_main
 from intarsia.config import ConfigError, Place
-from intarsia.files import finite_or_null, json_bytes, writable_folder, write_atomic
+from intarsia.files import EVALUATED, finite_or_null, json_bytes, writable_folder, write_atomic
 from pipelines.evaluation.bootstrap import LEVEL, Estimate, mean_estimate
 from pipelines.evaluation.distances import frechet_table, precision_recall
 from pipelines.evaluation.features import FeatureModel, load_features
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     model = load_features(config.features, source.signal, device)
     pipelines = {name: load_pipeline(name, device) for name in names}
     checked = flags.check or flags.dry_run
-    out = writable_folder(config.out, "out", UserError, make=not checked)
+    out = writable_folder(config.out, "out", UserError, make=not checked, own=EVALUATED)
     if checked:
         check_all(pipelines, source, config)
         return

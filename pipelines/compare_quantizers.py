@@ -32,6 +32,7 @@ from stage1_tokenizer.quantizers.base import QuantizerConfig
 from stage1_tokenizer.run_data import run_data
 
 PROGRAM = "python -m pipelines.compare_quantizers"
+SET = ("run", "steps", "config", "tokenizer", "tokenizer.type", "check", "dry_run", "max_steps", "resume", "help")
 
 
 class EntryConfig(Config):
@@ -42,9 +43,15 @@ class EntryConfig(Config):
     quantizer: QuantizerConfig
     """What is compared."""
     flags: tuple[str, ...] = ()
-    """Further flags of its training, such as --tokenizer.by_depth=true."""
+    """Further flags of its training, such as --tokenizer.by_depth=true; what is compared, the data and steps are not theirs."""
     ranked: bool = True
     """Takes part in the choice of the best, which get a prior."""
+
+    def model_post_init(self, context: object) -> None:
+        for flag in self.flags:
+            name = flag.removeprefix("--").partition("=")[0]
+            if flag.startswith("--") and (name in SET or f"{name}.".startswith(("data.", "tokenizer.quantizer."))):
+                raise ValueError(f"flags: {flag!r} of the entry {self.name!r}; the comparison itself sets {name}")
 
 
 class CompareConfig(Config):
@@ -113,11 +120,11 @@ class Comparison:
         stale = self.stale()
         if not make:
             return
+        write_atomic(path, json_bytes({"config": plan}))  # first: it shows whose folder this is
         for name in stale:
             self.save({key: value for key, value in self.result(name).items() if key not in ("prior_steps", "asked")})
         for name in ("results", *(entry.name for entry in config.quantizers)):
             (out / name).mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json_bytes({"config": plan}))
 
     def stale(self) -> list[str]:
         """The quantisers whose prior is not done and is now asked for otherwise: its steps are to be measured anew.
@@ -205,7 +212,7 @@ class Comparison:
         seconds = self.run(name, [*self.prior_training(entry), "--run", run, "--steps", str(result["prior_steps"])])
         result["prior_seconds"] = result.get("prior_seconds", 0.0) + seconds
         self.save(result)
-        self.run(name, ["pipelines.assemble", "--tokenizer", tokenizer, "--priors", run, "--out", pipeline])
+        self.run(name, ["pipelines.assemble", "--tokenizer", tokenizer, "--priors", run, "--out", pipeline, "--overwrite=true"])
         features = ["--features", self.config.features] if self.config.features else []
         evaluation = ["--split", self.config.split, "--n", str(self.config.samples), "--out", out, *features]
         self.run(name, ["pipelines.evaluate", "--pipeline", pipeline, f"--data={run_data(Path(tokenizer))}", *evaluation])
@@ -266,11 +273,11 @@ def compare(config: CompareConfig, flags: Flags) -> None:
     if flags.max_steps is not None or flags.resume is not None:
         raise UserError("--max_steps, --resume: a comparison has no steps of its own; the same command goes on")
     checked = flags.check or flags.dry_run
-    out = writable_folder(config.out, "out", UserError, make=not checked)
+    out = writable_folder(config.out, "out", UserError, make=not checked, own=("plan.json", "results"))
     check_parts(config)
     comparison = Comparison(config, out, flags.imports, make=not checked)
     if checked:
-        priors = config.best if config.prior else 0
+        priors = min(config.best, sum(entry.ranked for entry in config.quantizers)) if config.prior else 0
         print(f"{len(config.quantizers)} quantisers of {config.seconds:g} s, {priors} priors of {config.prior_seconds:g} s")
         return
     comparison.plan("steps", config.seconds, config.quantizers, partial(tokenizer_training, config))

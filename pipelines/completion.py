@@ -44,7 +44,8 @@ class Completions(PipelineParts):
       signals come alone with ``first`` = n times the number of signals left out.
     - ``seed``, ``batch_size``, ``progress`` and sampling options as in ``sample``.
 
-    A cell of any level is drawn if its patch touches the mask; all others keep, exactly, the codes of ``x`` with the hidden part filled
+    A cell of any level is drawn if its patch touches the mask (on a grid of other axes than the signal's, if anything does:
+    ``masks.kept_cells``); all others keep, exactly, the codes of ``x`` with the hidden part filled
     from its border (``masks.filled``): nothing of what ``x`` holds under the mask reaches a code, however far the encoder sees. A signal
     that is hidden as a whole is drawn as a whole. MaskGIT takes any mask. Autoregressive priors take one that leaves a prefix of the
     order in which they draw: of an image, whole rows to its end; of several levels in one sequence, whole levels. Which prior cannot is
@@ -103,6 +104,9 @@ class Completions(PipelineParts):
     ) -> tuple[list[Tensor], list[Tensor], Request]:
         """What ``complete_codes`` draws from, all checked: codes and ``keep`` of the levels that the priors model, and the request."""
         stop = self.priors[-1].levels.stop
+        for name, maps in (("codes", codes), ("keep", keep)):
+            if not isinstance(maps, Sequence):
+                raise ValueError(f"{name}: a {type(maps).__name__}; expected one torch tensor for each level, in a list")
         codes, keep = self._here("codes", codes[:stop]), self._here("keep", keep[:stop])
         counts = [len(t) for t in (*codes, *keep)]
         if len(codes) != stop or len(keep) != stop or len(set(counts)) != 1 or counts[0] == 0:

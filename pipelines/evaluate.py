@@ -20,7 +20,7 @@ from torch import Tensor
 
 from intarsia.cli import UserError, parse, run_main
 from intarsia.config import ConfigError, Place
-from intarsia.files import finite_or_null, json_bytes, writable_folder, write_atomic
+from intarsia.files import EVALUATED, finite_or_null, json_bytes, writable_folder, write_atomic
 from intarsia.machine import SPARE_BYTES
 from intarsia.pictures import save_grid, save_strips
 from intarsia.specs import SignalSpec
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     checked_reference(pipeline, source, config)
     print(f"{pipeline}; features: {model.name}; data: {data_name(config.data)}", flush=True)
     checked = flags.check or flags.dry_run
-    out = writable_folder(config.out, "out", UserError, make=not checked)
+    out = writable_folder(config.out, "out", UserError, make=not checked, own=EVALUATED)
     if checked:
         return
     check_room(out, source.signal, config.n + COLUMNS * ROWS, flags.allow_low_space)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from intarsia.cli import UserError, parse, run_main
 from intarsia.config import Config, Place, Seed
-from intarsia.files import finite_or_null, json_bytes, writable_folder, write_atomic
+from intarsia.files import EVALUATED, finite_or_null, json_bytes, writable_folder, write_atomic
 from intarsia.pictures import save_strips
 from pipelines.completion import called
 from pipelines.evaluation.baseline import IndependentCodes
@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     pipeline, judge = load_pipeline(config.pipeline, device), load_pipeline(config.judge, device)
     hidden_part(pipeline, judge, source, config)
     checked = flags.check or flags.dry_run
-    out = writable_folder(config.out, "out", UserError, make=not checked)
+    out = writable_folder(config.out, "out", UserError, make=not checked, own=EVALUATED)
     if checked:
         return
     tree, pictures = measure_completions(pipeline, judge, source, config)

@@ -34,8 +34,11 @@ def check_mask(mask: Any, n: int, signal: SignalSpec) -> None:
 def kept_cells(mask: Tensor, grid: Sequence[int]) -> Tensor:
     """(n, *grid) bool: the cells whose patch the mask (n, 1, *axes) leaves untouched.
 
-    A cell's patch is its share of each axis, rounded outwards where the grid does not divide it.
+    A cell's patch is its share of each axis, rounded outwards where the grid does not divide it. On a grid of another number of axes than
+    the signal's, such as a row of tokens over an image, a cell's patch is the whole signal.
     """
+    if len(grid) != mask.ndim - 2:
+        return ~mask.flatten(1).any(1).view(-1, *[1] * len(grid)).expand(-1, *grid)
     touched = _CELLS[mask.ndim - 2](mask.float(), tuple(grid))
     return touched[:, 0] == 0
 

@@ -61,7 +61,7 @@ def stages(config: QuickstartConfig, max_steps: int | None) -> list[tuple[str, l
         ("tokenizer", ["stage1_tokenizer.train", "--config", config.tokenizer, "--run", tokenizer, *common, *short]),
         ("codes", ["stage1_tokenizer.encode", "--tokenizer", tokenizer, "--out", codes, *device]),
         ("prior", ["stage2_prior.train", "--config", config.prior, "--codes", codes, "--run", prior, *common, *short]),
-        ("pipeline", ["pipelines.assemble", "--tokenizer", tokenizer, "--priors", prior, "--out", str(run / "pipeline")]),
+        ("pipeline", ["pipelines.assemble", "--tokenizer", tokenizer, "--priors", prior, f"--out={run / 'pipeline'}", "--overwrite=true"]),
         ("reconstructions", ["stage1_tokenizer.evaluate", "--tokenizer", tokenizer, "--out", str(run / "tokenizer_evaluation"), *device]),
         ("samples", ["pipelines.evaluate", "--pipeline", str(run / "pipeline"), "--out", str(run / "evaluation"), *evaluation]),
     ]
@@ -140,7 +140,7 @@ def quickstart(config: QuickstartConfig, flags: Flags) -> None:
     words = {name: arguments[1:] for name, arguments in commands}
     tokenizer_config(words["tokenizer"])
     prior_config(words["prior"])
-    run = run_path(config.run, make=not checked)
+    run = run_path(config.run, make=not checked, own=(SECONDS, "tokenizer"))
     if checked:
         for name, arguments in commands:
             print(f"[{name}] python -m {shlex.join(arguments)}")

@@ -21,8 +21,9 @@ from intarsia.distributed import comm
 from intarsia.files import DiskFullError, atomic, writable_folder
 from intarsia.pictures import mosaic
 from intarsia.processes import start
+from intarsia.specs import SignalSpec
 from pipelines.labels import class_index
-from pipelines.outputs import check_output
+from pipelines.outputs import CHANNELS
 from pipelines.sample_set import PLAN, SHARD, Kind, SetPlan, agreed_plan, arrays, write_npz, write_set
 from pipelines.sampling_config import ALIASES, SamplingConfig
 from pipelines.two_stage import TwoStagePipeline
@@ -99,11 +100,6 @@ def turns(text: str, classes: tuple[str, ...]) -> list[int] | None:
     return [index(word.strip()) for word in text.split(",")]
 
 
-def _holds_files(folder: Path) -> bool:
-    """Any but what a writer left that was killed before its plan was there."""
-    return any(not path.name.startswith((".tmp-", ".lock")) for path in folder.iterdir())
-
-
 def checked_out(out: str) -> Path:
     """The path to write to. Raises UserError naming ``out`` where that cannot be."""
     path = Path(out)
@@ -112,10 +108,7 @@ def checked_out(out: str) -> Path:
         raise UserError(f"out: {out} is a folder; expected a file, or a folder of another name")
     if not is_file and path.suffix and not path.is_dir() and not out.endswith("/"):
         raise UserError(f"out: {out!r} ends with {path.suffix!r}; expected .png, .npz, or a folder ({out}/)")
-    if not is_file and path.exists() and (not path.is_dir() or (_holds_files(path) and not (path / PLAN).exists())):
-        found = "a folder that holds files already" if path.is_dir() else "a file"
-        raise UserError(f"out: {out} is {found}; expected a new or empty folder, or one of interrupted samples")
-    writable_folder(path.parent if is_file else path, "out", UserError, make=False)
+    writable_folder(path.parent if is_file else path, "out", UserError, make=False, own=None if is_file else (PLAN,), alone=True)
     return path
 
 
@@ -125,6 +118,14 @@ def check_idle(config: SampleConfig, path: Path, one_file: bool) -> None:
     for name, has in (("columns", "a grid"), ("format", "a folder"), ("shard", "a folder")):
         if getattr(config, name) is not None and what != has:
             raise UserError(f"{name}: {config.out} is {what}; only {has} has it")
+
+
+def check_pictures(signal: SignalSpec, out: str, one_file: bool) -> None:
+    """Raises UserError naming ``out`` (a grid) or ``format`` (a folder of PNG files) for signals that are no such pictures."""
+    if signal.kind == "image" and signal.channels in CHANNELS:
+        return
+    found = f"PNG files hold images of 1 or 3 channels; these are {signal.kind} of {signal.channels}"
+    raise UserError(f"out: {out}: {found}; expected a .npz file" if one_file else f"format: png: {found}; expected --format npz")
 
 
 def write_file(pipeline: TwoStagePipeline, path: Path, plan: SetPlan, columns: int | None) -> int:
@@ -163,7 +164,7 @@ def run(config: SampleConfig, flags: Flags) -> None:
         pipeline = TwoStagePipeline.bundled()
     kind = config.format or "png"
     if path.suffix != ".npz" and (one_file or kind == "png"):
-        check_output("pil", pipeline.signal)
+        check_pictures(pipeline.signal, config.out, one_file)
     label = turns(config.label, pipeline.classes)
     plan = SetPlan(
         n=config.n,

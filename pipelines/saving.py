@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from intarsia.config import Config, ConfigError
-from intarsia.files import atomic, json_bytes, read_json, write_atomic
+from intarsia.files import atomic, foreign, json_bytes, read_json, write_atomic
 from intarsia.hub import default_max_bytes
 from intarsia.hub_files import CARD, CONFIG, HubError, fetch, push_folder
 from intarsia.tensor_files import module_tensors
@@ -132,12 +132,33 @@ def _write(
 
 
 def check_place(folder: Path) -> None:
-    """Raises FileExistsError where ``folder`` is a file, or holds one of the names that are written, but no pipeline."""
+    """Raises FileExistsError where ``folder`` is a file, or holds no pipeline, but one of the names that are written, or a data set."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder}: is a file; expected a folder")
     taken = [name for name in NAMES if (folder / name).exists()]
     if taken and INDEX not in taken:
         raise FileExistsError(f"{folder}: holds {taken[0]!r}, but no {INDEX}; expected a new folder, or one of a pipeline")
+    if found := foreign(folder, (INDEX,)):
+        raise FileExistsError(f"{folder}: {found}")
+
+
+def other_parts(folder: Path, pipeline: TwoStagePipeline) -> str:
+    """What differs where ``folder`` holds a pipeline of other parts, with both values; "" where it holds this one or none.
+
+    Raises HubError for a ``pipeline.json`` that cannot be read.
+    """
+    if not (folder / INDEX).is_file():
+        return ""
+    index = _read_index(folder / INDEX)
+    there = {TOKENIZER: index.tokenizer, **{f"{PRIORS}/{i}": entry for i, entry in enumerate(index.priors)}}
+    parts = {TOKENIZER: pipeline.tokenizer, **{f"{PRIORS}/{i}": prior for i, prior in enumerate(pipeline.priors)}}
+
+    def said(part: Any) -> str:
+        return "none" if part is None else f"{part.type} {part.sha256[:12]}"
+
+    here = {name: PartEntry(type=str(part.type_name), sha256=part.weights_sha256) for name, part in parts.items()}
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    return "; ".join(f"{name} is {said(there.get(name))} there, {said(here.get(name))} here" for name in names)
 
 
 def write_pipeline(

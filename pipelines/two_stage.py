@@ -152,10 +152,16 @@ class TwoStagePipeline(Completions):
     ) -> None:
         """Writes ``pipeline.json``, ``tokenizer/``, ``priors/0/``, ... and a model card; a pipeline that was there is replaced.
 
+        The folder is new or empty, or holds a pipeline. Hidden files (``.git``), logs, LICENSE and a README.md, which the model card
+        replaces, do not count; other files stay where a pipeline is.
+
         Args:
             samples: draws so many for a picture on the model card (of images only).
             metrics: figures for the model card.
             license: for the model card; left out where None.
+
+        Raises:
+            FileExistsError: a folder of other things, such as images.
         """
         write_pipeline(self, Path(folder), samples=samples, metrics=metrics, license=license)
 

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from intarsia.cli import UserError, load_tree, parse, run_main
 from intarsia.config import Config, ConfigError, Place
-from intarsia.files import finite_or_null, json_bytes, writable_folder, write_atomic
+from intarsia.files import EVALUATED, finite_or_null, json_bytes, writable_folder, write_atomic
 from intarsia.processes import start
 from stage1_tokenizer.checkup import Checkup, examine
 from stage1_tokenizer.data.base import SOURCES, SourceConfig
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.out is None and not (folder / "config.yaml").is_file():
         raise ConfigError([f"out: {config.tokenizer} is no run folder; say where to write"])
     checked = flags.check or flags.dry_run
-    out = writable_folder(folder / "doctor" if config.out is None else config.out, "out", UserError, make=not checked)
+    out = writable_folder(folder / "doctor" if config.out is None else config.out, "out", UserError, make=not checked, own=EVALUATED)
     device = start(config.device, 300.0)
     tokenizer = Tokenizer.from_pretrained(config.tokenizer).to(device)
     source = SOURCES.build(data)

@@ -19,7 +19,7 @@ from torch import Tensor
 from intarsia.cli import UserError, parse, run_main
 from intarsia.config import Config, ConfigError, Place
 from intarsia.distributed import Comm, comm
-from intarsia.files import finite_or_null, json_bytes, writable_folder, write_atomic
+from intarsia.files import EVALUATED, finite_or_null, json_bytes, writable_folder, write_atomic
 from intarsia.order import share
 from intarsia.pictures import save_codebook, save_strips
 from intarsia.processes import start
@@ -103,7 +103,7 @@ def decoded_codes(tokenizer: Tokenizer, counts: list[Tensor], level: int, limit:
     """(m, C, h, w) in [0, 1]: the ``limit`` most frequent codes of a level as the decoder draws them, by falling frequency.
 
     A code is drawn as the middle of an image whose grid of that level holds nothing else; all other levels hold their most
-    frequent code.
+    frequent code. The level has as many axes as the signal.
 
     Args:
         counts: for each level (vocab,), how often each code occurs.
@@ -153,12 +153,15 @@ def draw_swapped(path: Path, tokenizer: Tokenizer, split: Split, n: int, title: 
 
 
 def draw_codebook(path: Path, tokenizer: Tokenizer, codes: CodeMetrics, title: str = "") -> None:
-    """Usage of every level and, for images, its codes as the decoder draws them; nothing where a vocabulary is too large for a table."""
+    """Usage of every level and its codes as the decoder draws them; nothing where a vocabulary is too large for a table.
+
+    Codes have pictures where they are places of an image: on a grid of two axes, not in a row of tokens.
+    """
     tables = [tally.table for tally in codes.tallies if tally.table is not None]
     if len(tables) < len(codes.levels):
         return
     levels = [
-        (level.name, tables[i].cpu(), decoded_codes(tokenizer, tables, i) if drawable(tokenizer) else None)
+        (level.name, tables[i].cpu(), decoded_codes(tokenizer, tables, i) if drawable(tokenizer) and len(level.shape) == 2 else None)
         for i, level in enumerate(codes.levels)
     ]
     hidden = max(level.vocab for level in codes.levels) > SHOWN_CODES
@@ -235,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     source.split(config.split)
     check_signal(tokenizer, source)
     checked = flags.check or flags.dry_run
-    writable_folder(out, "out", UserError, make=comm.rank == 0 and not checked)
+    writable_folder(out, "out", UserError, make=comm.rank == 0 and not checked, own=EVALUATED)
     if checked:
         return
     tree, train_codes = report(tokenizer.to(device), source, config.split)

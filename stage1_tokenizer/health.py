@@ -39,10 +39,12 @@ class Health(nn.Module):
     Attributes:
         stage: (levels,) int64, how many remedies were applied to each level.
         open: (levels,) int64, the codes that there could be at the last look, or at the start; 0 where that is not known.
+        looked: () int64, the steps that were done at the last look; -1 where that is not known.
     """
 
     stage: Tensor
     open: Tensor
+    looked: Tensor
 
     def __init__(self, config: HealthConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -50,6 +52,7 @@ class Health(nn.Module):
         self.levels = tokenizer.level_specs()
         self.register_buffer("stage", torch.zeros(len(self.levels), dtype=torch.int64))
         self.register_buffer("open", torch.zeros(len(self.levels), dtype=torch.int64))
+        self.register_buffer("looked", torch.zeros((), dtype=torch.int64))
         self.watched = [i for i, level in enumerate(self.levels) if level.vocab <= LARGEST_TABLE]
         for i in self.watched:
             level = self.levels[i]
@@ -98,7 +101,13 @@ class Health(nn.Module):
 
     @torch.no_grad()
     def look(
-        self, tokenizer: Tokenizer, comm: Comm, reinitialize: Callable[[], None], say: Callable[[str], None], left: int
+        self,
+        tokenizer: Tokenizer,
+        comm: Comm,
+        reinitialize: Callable[[], None],
+        say: Callable[[str], None],
+        left: int,
+        step: int | None = None,
     ) -> dict[str, Tensor]:
         """Figures of all codes since the last look, over the ranks; acts on a collapse as configured. Each rank calls it.
 
@@ -109,6 +118,7 @@ class Health(nn.Module):
             say: prints a line on the main process.
             left: steps that follow. Where they are fewer than ``every``, nothing is applied any more: codes set anew want training. After
                 the last one nothing is stopped either.
+            step: steps that are done; without it, ``every`` are taken to have passed since the last look.
 
         Returns:
             health/usage, health/perplexity, health/dead and health/drift of each level. Drift is the root mean square distance that
@@ -120,6 +130,8 @@ class Health(nn.Module):
         quantizers = self._quantizers(tokenizer)
         figures: dict[str, Tensor] = {}
         collapsed: list[tuple[int, str]] = []
+        passed = self.config.every if step is None or int(self.looked) < 0 else step - int(self.looked)
+        self.looked.fill_(-1 if step is None else step)
         self.fold(comm)
         counted = [self._buffer("counts", i).clone() for i in self.watched]
         if quantizers is None:
@@ -144,7 +156,7 @@ class Health(nn.Module):
                 continue
             used, seen = int((table[:open_codes] > 0).sum()), int(table[:open_codes].sum())
             if used < self.config.usage * expected_codes(open_codes, seen):
-                collapsed.append((i, f"level {level.name}: {used} of {open_codes} codes used in the last {self.config.every} steps"))
+                collapsed.append((i, f"level {level.name}: {used} of {open_codes} codes used in the last {passed} steps"))
         self._remember(quantizers)
         if collapsed:
             self._act(collapsed, quantizers, reinitialize, say, left)
@@ -194,8 +206,9 @@ class Health(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """The vectors of the last look have the size of the codebook, or none before the first look. Checkpoints of older versions
-        do not know ``open``."""
+        do not know ``open`` and ``looked``."""
         state_dict.setdefault(f"{prefix}open", torch.zeros_like(self.open))
+        state_dict.setdefault(f"{prefix}looked", torch.full_like(self.looked, -1))
         for i in self.watched:
             if (saved := state_dict.get(f"{prefix}vectors_{i}")) is not None:
                 setattr(self, f"vectors_{i}", torch.zeros_like(saved, device=self.stage.device))

@@ -176,7 +176,7 @@ def code_statistics(counts: Tensor, level: LevelSpec) -> CodeStatistics:
     if total == 0:
         raise ValueError(f"counts of level {level.name!r}: no codes were given")
     p = counts[counts > 0].double() / total
-    nats = float(-(p * p.log()).sum())
+    nats = max(0.0, float(-(p * p.log()).sum()))  # not -0.0, where one code is all
     used = p.numel()
     return CodeStatistics(
         name=level.name,
@@ -186,8 +186,8 @@ def code_statistics(counts: Tensor, level: LevelSpec) -> CodeStatistics:
         used=used,
         usage=used / level.vocab,
         perplexity=math.exp(nats),
-        entropy_bits=max(nats, 0.0) / math.log(2),
-        bits_per_image=max(nats, 0.0) / math.log(2) * level.positions,
+        entropy_bits=nats / math.log(2),
+        bits_per_image=nats / math.log(2) * level.positions,
         nominal_bits_per_image=math.log2(level.vocab) * level.positions,
     )
 

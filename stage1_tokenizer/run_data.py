@@ -7,7 +7,8 @@ from pathlib import Path
 from intarsia import yaml_io
 from intarsia.cli import load_tree
 from intarsia.config import ConfigError
-from intarsia.hub_files import check_source
+from intarsia.files import read_json
+from intarsia.hub_files import CONFIG, HubError, check_source
 from stage1_tokenizer.data.base import SOURCES, Source, SourceConfig
 from stage1_tokenizer.tokenizers.base import Tokenizer
 
@@ -18,8 +19,17 @@ def run_data(folder: Path) -> str:
 
 
 def needed_data(data: SourceConfig | None, tokenizer: str) -> SourceConfig:
-    """``data``. Raises HubError or ConfigError where there is none, as there is no such tokenizer or no run that made it."""
+    """``data``. Raises HubError or ConfigError where there is none, as there is no such tokenizer or no run that made it, and for the
+    folder of another kind of model."""
     check_source("tokenizer", tokenizer)
+    folder = Path(tokenizer)
+    release = next((path for path in (folder / "model" / CONFIG, folder / CONFIG) if path.is_file()), None)
+    tree = {} if release is None else read_json(release, HubError)
+    kind = tree.get("kind") if isinstance(tree, dict) else None
+    if kind not in (None, Tokenizer.kind):
+        raise HubError(f"tokenizer: {tokenizer} holds a {kind!r}; expected a {Tokenizer.kind!r}")
+    if data is None and (folder / "config.yaml").is_file():
+        raise ConfigError([f"data: {tokenizer}/config.yaml is of no tokenizer's run: it names no data; say --data.type"])
     if data is None:
         raise ConfigError([f"data: {tokenizer} has no config.yaml of a run; say --data.type {'|'.join(SOURCES.names())}"])
     return data
@@ -44,7 +54,7 @@ def with_run_data(argv: list[str]) -> list[str]:
     tokenizer = given.get("tokenizer", tree.get("tokenizer"))
     if "data" in tree or "data" in given or not isinstance(tokenizer, str):
         return argv
-    folder = Path(tokenizer)
+    folder = Path(tokenizer).expanduser()
     path = (folder.parent if folder.name == "model" else folder) / "config.yaml"
     data = load_tree(str(path)).get("data") if path.is_file() else None
     if not isinstance(data, dict) or given.get("data.type", data.get("type")) != data.get("type"):

@@ -52,11 +52,15 @@ class _Quantizer(nn.Module):
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
-        self.maps = len(quantizer.level_specs("codes", (1,)))
+        self.maps, self.dim = len(quantizer.level_specs("codes", (1,))), quantizer.dim
+        self.prefixes = quantizer.prefixes
 
     def forward(self, z: Tensor, rng: StepRng | None = None, active: Tensor | None = None) -> Quantized:
         codes = torch.empty(z.shape[0], *z.shape[2:], dtype=torch.int64, device=z.device)
         return Quantized(z, (codes,) * self.maps, F.mse_loss(z, torch.empty_like(z)))
+
+    def decode(self, codes: tuple[Tensor, ...]) -> Tensor:
+        return torch.empty(len(codes[0]), self.dim, *codes[0].shape[1:], device=codes[0].device)
 
 
 def activation_bytes(tokenizer: Tokenizer) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from intarsia.cli import Flags, parse, run_main
-from intarsia.config import Config, ConfigError, Place, differences
+from intarsia.config import Config, ConfigError, Place, differences, plain
 from intarsia.machine import env_rank
 from intarsia.meta import build_on_meta
 from intarsia.pictures import save_strips
@@ -22,6 +23,7 @@ from intarsia.prefetch import Loader
 from intarsia.rng import StepRng
 from intarsia.run import Run
 from intarsia.run_config import RunConfig
+from intarsia.run_folder import check_resume, run_path
 from stage1_tokenizer import sizes
 from stage1_tokenizer.data.base import SOURCES, Source, SourceConfig
 from stage1_tokenizer.data.bundled import BundledConfig
@@ -105,7 +107,8 @@ def train(config: TokenizerTrainConfig, flags: Flags) -> None:
                 else:
                     tokenizer.discard()
             if config.train == "all" and health.due(step, config.steps):
-                run.note(health.look(tokenizer, run.comm, lambda: set_anew(run, config, tokenizer, data), run.say, config.steps - step - 1))
+                left, anew = config.steps - step - 1, partial(set_anew, run, config, tokenizer, data)
+                run.note(health.look(tokenizer, run.comm, anew, run.say, left, step + 1))
             run.log(step)
             if run.due("validate", step) or run.due("pictures", step):
                 with release_weights(run, config, tokenizer, data):
@@ -140,10 +143,11 @@ def check_fit(config: TokenizerTrainConfig, source: Source) -> None:
         if config.init is None and quantizer.grow and quantizer.grow[-1] >= config.steps:  # a release is grown already
             late = f"{path}.grow: {list(quantizer.grow)}, but steps is {config.steps}"
             errors.append(f"{late}: some of the {quantizer.codes} codes would never be in use; expected steps below {config.steps}")
-    blocks = getattr(config.tokenizer, "prefix_blocks", None)
-    if blocks is not None and getattr(config.objective, "prefix_weight", 1.0) == 0:
-        trained = f"objective.prefix_weight: 0 trains no decoders of prefixes, tokenizer.prefix_blocks: {blocks} makes some"
-        errors.append(f"{trained}; use tokenizer.prefix_blocks: null")
+    for name, none in (("prefix_blocks", None), ("prefix_decoders", ())):
+        made = getattr(config.tokenizer, name, none)
+        if made != none and getattr(config.objective, "prefix_weight", 1.0) == 0:
+            trained = f"objective.prefix_weight: 0 trains no decoders of prefixes, tokenizer.{name}: {plain(made)} makes some"
+            errors.append(f"{trained}; use tokenizer.{name}: {'null' if none is None else '[]'}")
     if errors:
         raise ConfigError(errors)
 
@@ -278,6 +282,8 @@ def main() -> None:
     if not (flags.check or flags.dry_run):
         train(config, flags)
         return
+    run_path(config.run, make=False)
+    check_resume(flags)
     source = SOURCES.build(config.data)
     check_fit(config, source)
     lines: list[str] = [*check(source), *describe(config, source)] if flags.check else list(describe(config, source))

@@ -20,6 +20,7 @@ from intarsia.meta import build_on_meta
 from intarsia.rng import StepRng
 from intarsia.run import Run
 from intarsia.run_config import LogConfig, OptimConfig, RunConfig
+from intarsia.run_folder import check_resume, run_path
 from intarsia.specs import CodesSpec, Cond
 from intarsia.stepping import state_bytes
 from stage2_prior.priors.base import PRIORS, Prior, PriorConfig
@@ -176,6 +177,8 @@ def main(argv: list[str] | None = None) -> None:
     if not (flags.check or flags.dry_run):
         train(config, flags)
         return
+    run_path(config.run, make=False)
+    check_resume(flags)
     data, held = datasets(config)
     lines = [f"codes: {config.codes}: {len(data)} train rows" + ("" if held is None else f", {len(held)} validation rows")]
     lines += describe(config, data.spec)

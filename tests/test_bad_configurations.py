@@ -96,7 +96,7 @@ PRIOR = "run: {run}\ncodes: {codes}\nsteps: 3\n"
 GPT = "prior: {{type: gpt, "
 PRIOR_CASES = {
     "unknown key": (GPT + "widht: 3}}", "prior.widht: unknown key; did you mean 'width'? allowed: levels, cond_dropout"),
-    "key of another type": ("prior: {{type: pixelcnn, inner: 2}}", "prior.inner: unknown key; allowed: levels"),
+    "key of another type": ("prior: {{type: pixelcnn, inner: 2}}", "prior.inner: unknown key of the type 'pixelcnn'; rq has it"),
     "unknown type": (
         "prior: {{type: pixelcnnn}}",
         "prior: unknown prior 'pixelcnnn'; did you mean 'pixelcnn'? known: gpt, maskgit, pixelcnn, rq",

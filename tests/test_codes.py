@@ -361,7 +361,7 @@ def test_a_complete_dump_of_something_else_is_refused(tmp_path: Path, changes: d
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "codes").mkdir()
     (tmp_path / "codes/thesis.txt").write_text("mine")
-    with pytest.raises(CodesError, match="not empty and holds no dump"):
+    with pytest.raises(CodesError, match="holds 'thesis.txt', but no codes.json"):
         dump(tmp_path / "codes")
     with pytest.raises(CodesError, match="is a file"):
         dump(tmp_path / "codes/thesis.txt")
@@ -526,3 +526,12 @@ def test_codes_of_the_expected_tokenizer_pass(tmp_path: Path) -> None:
 def test_an_unknown_split_names_those_that_there_are(tmp_path: Path) -> None:
     with pytest.raises(CodesError, match="'test' is none of train, validation"):
         CodesDataset(written(tmp_path / "codes"), "test")
+
+
+def test_a_folder_that_is_no_dump_is_told_from_an_interrupted_one(tmp_path: Path) -> None:
+    (tmp_path / "cats").mkdir()
+    with pytest.raises(CodesError, match=r"codes: .* is no dump of codes: it holds neither codes\.json nor shards"):
+        read_manifest(tmp_path)
+    (tmp_path / ".dump").mkdir()
+    with pytest.raises(CodesError, match="the dump of codes is incomplete; run the same encode command again"):
+        read_manifest(tmp_path)

@@ -292,3 +292,24 @@ def test_the_shipped_comparisons_build_what_they_compare(name: str) -> None:
     if loaded.best:
         parse(PriorTrainConfig, ["--config", loaded.prior, "--codes", "none", "--run", "none"])
         assert all(bits[entry.name] in (9, 10, 13) for entry in loaded.quantizers if entry.ranked), "ranked ones are at like rates"
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--tokenizer.quantizer.type=fsq", "--tokenizer.quantizer={codes: 8}", "--tokenizer.type=vqvae2", "--run=x", "--steps", "--data.a=x"],
+)
+def test_flags_of_an_entry_do_not_replace_what_the_comparison_sets(flag: str) -> None:
+    name = flag[2:].partition("=")[0]
+    tree = {"tokenizer": "fashion_mnist/vqvae", "quantizers": [{"name": "one", "quantizer": {"type": "vq"}, "flags": [flag]}]}
+    with pytest.raises(ConfigError, match=f"^quantizers.0: flags: .* of the entry 'one'; the comparison itself sets {name}$"):
+        CompareConfig.from_dict(tree)
+
+
+def test_check_counts_the_priors_that_will_be_trained(
+    tmp_path: Path, faked: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "check_parts", lambda config: None)
+    entries = tuple(EntryConfig(name=name, quantizer=VQConfig(), ranked=name != "c") for name in "abc")
+    compare(config(tmp_path / "c", quantizers=entries, prior="fashion_mnist/gpt", best=4), Flags(check=True))
+    said = capsys.readouterr().out
+    assert said.startswith("3 quantisers of ") and "2 priors of" in said

@@ -81,7 +81,7 @@ MISTAKES = {
     "misspelt key": ({"sede": 1}, "sede: unknown key; did you mean 'seed'? allowed: shape, optim, extra"),
     "foreign key": ({"zzzzz": 1}, "zzzzz: unknown key; allowed: shape, optim"),
     "nested key": ({"optim": {"lrr": 1}}, "optim.lrr: unknown key; did you mean 'lr'? allowed: lr, betas, warmup"),
-    "key of another type": ({"shape": {"type": "box", "levels": [1]}}, "shape.levels: unknown key; allowed: width, depth, edge"),
+    "key of another type": ({"shape": {"type": "box", "levels": [1]}}, "shape.levels: unknown key of the type 'box'; "),
     "key of the default's type": ({"shape": {"wdith": 1}}, "shape.wdith: unknown key; did you mean 'width'?"),
     "key in a list": (
         {"shape": {"type": "stack", "stages": [{"type": "box", "widht": 1}]}},
@@ -271,3 +271,20 @@ def test_an_added_field_enters_hashes_only_where_it_is_not_at_its_default():
     assert hashed(Grown(later=(2, 3))) == {"width": 3, "later": [2, 3]}
     assert hashed(GrownAround()) == {"one": {"width": 3}, "several": [{"width": 3}, {"width": 3, "later": [1]}]}
     assert Grown.from_dict({"width": 3}) == Grown() and differences(Grown(), Grown(later=(1,))) == [("later", [], [1])]
+
+
+def test_a_key_that_other_types_have_is_said_with_those() -> None:
+    with pytest.raises(ConfigError) as error:
+        JobConfig.from_dict({"shape": {"type": "box", "levels": [1]}})
+    assert error.value.errors == ["shape.levels: unknown key of the type 'box'; ring has it (shape.type); allowed: width, depth, edge"]
+
+
+def test_a_text_that_begins_with_a_tilde_is_a_path_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Paths(Config):
+        run: Place[str] = ""
+        init: str | None = None
+
+    monkeypatch.setenv("HOME", "/far/someone")
+    for given, found in (("~/a", "/far/someone/a"), ("~", "/far/someone"), ("a~", "a~"), ("./~", "./~"), ("~a", "~a")):
+        assert Paths(run=given).run == found and Paths.from_dict({"run": given}).run == found
+    assert Paths(init="~/x").init == "/far/someone/x" and Paths(init="~").init == "~"

@@ -161,6 +161,9 @@ def test_it_builds_and_takes_two_steps(name, tmp_path):
         config = config.replace(log=config.log.replace(**LOG), **REDUCED)
     if name in table.large():
         config = reduced(config)
+    if kind_of(name) == "tokenizer":
+        shown = list(script.describe(config, script.SOURCES.build(config.data)))
+        assert any(line.startswith("activations: ") for line in shown)
     script.train(config, Flags(max_steps=2, allow_low_space=True))
     lines = (run / "metrics.jsonl").read_text().splitlines()
     assert len(lines) >= 2 and (run / "model/config.json").is_file()

@@ -433,6 +433,21 @@ def test_damaged_pixels_are_found_by_the_sample(two_classes: Path, monkeypatch: 
     assert len(build(two_classes, holdout=0, **config).split("train")) == 27
 
 
+@pytest.mark.parametrize("transform", [{"size": 256}, {"size": 256, "crop": "random", "margin": 8}, {"size": 256, "shift": 4}])
+def test_a_strip_that_would_become_gigabytes_is_named_or_skipped(transform: dict[str, object], two_classes: Path) -> None:
+    Image.new("RGB", (4000, 4)).save(two_classes / "b" / "bad.png")
+    config = TransformConfig(**transform)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"b/bad\.png: 4000x4 becomes 2\d{5}x2\d\d for the size 256x256; at most 16777216 pixels"):
+        build(two_classes, transform=config)
+    source = build(two_classes, transform=config, skip_bad=True, holdout=0)
+    assert len(source.split("train")) == 6 and len(source.skipped) == 1
+
+
+def test_a_shift_beyond_the_images_is_refused(two_classes: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.transform\.shift: 16; expected less than 16"):
+        build(two_classes, transform=TransformConfig(shift=16))
+
+
 @pytest.mark.parametrize("case", ["too small", "no class folders", "unknown class", "no train", "two validations", "one flat split"])
 def test_other_impossible_folders_are_refused_by_name(case: str, two_classes: Path) -> None:
     root, options, words = two_classes, {}, ""

@@ -139,7 +139,11 @@ def test_a_scaled_image_is_never_smaller_than_the_size() -> None:
         ({"margin": -1}, "margin"),
         ({"margin": 2}, "margin"),
         ({"margin": 2, "size": 8, "resize": "exact"}, "margin"),
+        ({"margin": 9, "size": 8}, "margin: 9 with size 8; expected at most 8"),
+        ({"margin": 5, "size": [8, 4]}, "margin: 5 with size (8, 4); expected at most 4"),
         ({"shift": -1}, "shift"),
+        ({"shift": 8, "size": 8}, "shift: 8 with size 8; expected less than 8"),
+        ({"shift": 4, "size": [8, 4]}, "shift: 4 with size (8, 4); expected less than 4"),
         ({"channels": 2}, "channels"),
         ({"crop": "middle"}, "crop"),
         ({"flp": True}, "flp"),
@@ -154,3 +158,34 @@ def test_impossible_transforms_are_refused_by_name(tree: dict[str, object], path
 def test_a_size_beyond_the_images_needs_a_resize() -> None:
     with pytest.raises(DataError, match=r"transform\.size.*\(9, 9\).*\(9, 7\)"):
         ArraySplit(images(), transform=TransformConfig(size=9, resize="none"))
+
+
+@pytest.mark.parametrize("axes", [(9, 7), (40, 7, 8)])
+def test_a_shift_that_leaves_nothing_of_a_signal_is_refused_where_no_size_says_so(axes: tuple[int, ...]) -> None:
+    x = torch.zeros(2, 1, *axes, dtype=torch.uint8)
+    with pytest.raises(DataError, match=r"data\.transform\.shift: 7; expected less than 7"):
+        ArraySplit(x, transform=TransformConfig(shift=7))
+    assert len(ArraySplit(x, transform=TransformConfig(shift=6))) == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "image", "reason"),
+    [
+        ({"size": 64}, (4, 5_000_000), "5000000x4 becomes 80000000x64 for the size 64x64; at most 20000000 pixels"),
+        ({"size": 256}, (4000, 4), "4x4000 becomes 256x256000 for the size 256x256; at most 16777216 pixels"),
+        ({"size": 256}, (4, 256), ""),
+        ({"size": 1 << 14}, (64, 64), ""),  # what was asked for
+        ({"size": 4096, "margin": 4096}, (64, 64), ""),
+        ({"size": 4000}, (4000, 20_000), ""),  # no more than was decoded
+        ({"size": 64, "resize": "none"}, (64, 1_000_000), ""),
+        ({"size": 64, "resize": "exact"}, (4, 5_000_000), ""),
+        ({}, (8000, 10_000), ""),
+    ],
+)
+def test_a_strip_that_would_become_gigabytes_is_refused(config: dict[str, object], image: tuple[int, int], reason: str) -> None:
+    assert TransformConfig(**config).too_large(*image) == reason  # type: ignore[arg-type]
+
+
+def test_an_array_of_strips_is_refused() -> None:
+    with pytest.raises(DataError, match=r"data\.transform\.size: 4000x4 becomes 256000x256"):
+        ArraySplit(torch.zeros(1, 1, 4, 4000, dtype=torch.uint8), transform=TransformConfig(size=256))

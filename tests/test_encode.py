@@ -233,7 +233,7 @@ def test_check_refuses_what_the_dump_would_refuse(tmp_path: Path, run_folder: Pa
     with pytest.raises(CodesError, match="holds a complete dump of something else: shard_rows is 8 there and 16 here"):
         main([*run, "--out", str(codes), "--shard_rows", "16"])
     (codes / "codes.json").unlink()
-    with pytest.raises(CodesError, match="not empty and holds no dump"):
+    with pytest.raises(CodesError, match="holds 'test' and 2 more, but no codes.json"):
         main([*run, "--out", str(codes), "--shard_rows", "8"])
     with pytest.raises(CodesError, match="is a file; expected a folder"):
         main([*run, "--out", str(codes / "train/00000.parquet")])
@@ -285,7 +285,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     with pytest.raises(SystemExit) as exit_:
         run_main(main)
     assert exit_.value.code == 2
-    assert capsys.readouterr().err == f"error: out: {tmp_path} is not empty and holds no dump of codes; choose another folder\n"
+    assert capsys.readouterr().err == (
+        f"error: out: {tmp_path} holds 'thesis.txt', but no codes.json; expected a new or empty folder, or one that this command wrote\n"
+    )
 
 
 @pytest.mark.faults
@@ -318,3 +320,25 @@ def test_the_runs_data_stand_aside_for_what_the_caller_says(run_folder: Path, tm
     assert not added("--tokenizer", run, "--data.type", "bundled") and not added("--tokenizer", run, "--data={type: bundled}")
     assert not added("--config", str(tmp_path / "d.yaml"))
     assert not added("--tokenizer", "user/name") and not added("--tokenizer", str(tmp_path))
+
+
+def test_a_prior_in_the_place_of_a_tokenizer_is_said_first(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "config.yaml").write_text("codes: x\n")
+    words = ["--tokenizer", str(tmp_path), "--out", str(tmp_path / "new")]
+    with pytest.raises(ConfigError, match=r"data: .*/config\.yaml is of no tokenizer's run: it names no data"):
+        main(words)
+    (tmp_path / "model/config.json").write_text('{"kind": "prior"}')
+    for name in (tmp_path, tmp_path / "model"):
+        with pytest.raises(HubError, match=f"^tokenizer: {name} holds a 'prior'; expected a 'tokenizer'"):
+            main(["--tokenizer", str(name), *words[2:]])
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tok").symlink_to(run_folder)
+    main(["--tokenizer=~/tok", "--out", "~/codes"])  # the data are those of the run
+    (tmp_path / "config.yaml").write_text("tokenizer: ~/tok\nout: ~/also\n")
+    main(["--config", "~/config.yaml"])
+    assert (tmp_path / "codes/codes.json").is_file() and (tmp_path / "also/codes.json").is_file() and not (tmp_path / "~").exists()

@@ -198,6 +198,11 @@ def test_classes_are_balanced_where_the_reference_has_enough_of_each_and_else_fo
     assert chosen(60).balanced and chosen(120).balanced and chosen(500).balanced and not chosen(60, False).balanced
     uneven = {"train": 121, "validation": 40}  # class 0 has one more: still balanced to one row
     assert chosen(500, **uneven).balanced
+    assert chosen(40).balanced and not chosen(39).balanced and chosen(39, True).balanced  # 10 of each, or 9
+    assert not chosen(500, train=39).balanced and chosen(8, True).balanced
+    for n, source in ((7, {}), (500, {"train": 7})):
+        with pytest.raises(ConfigError, match="^balanced: True, but 7 train images of 4 classes are 1 of each: intervals need 2"):
+            chosen(n, True, **source)
     few = chosen(60, labels=[0] * 100 + [1] * 10 + [2] * 5 + [3] * 5)
     assert not few.balanced and len(few.rows) == 60
     with pytest.raises(ValueError, match="reference: 60 balanced images need 15 of class 1, there are 10"):

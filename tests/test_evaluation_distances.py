@@ -106,13 +106,30 @@ def test_intervals_of_a_balanced_set_leave_out_what_classes_differ_by():
 
 
 def test_draws_keep_the_number_of_rows_per_class():
-    labels = torch.tensor([0, 2, 2, 0, 2, 5, 2])
-    counts = torch.stack([draw_counts(7, b, 0, "x", labels) for b in range(200)])
-    for c in (0, 2, 5):
-        assert (counts[:, labels == c].sum(1) == (labels == c).sum()).all()
+    labels = torch.tensor([0, 2, 2, 0, 2, 5, 2, 5] + [7] * 12)
+    counts = torch.stack([draw_counts(20, b, 0, "x", labels) for b in range(200)])
+    for c in (0, 2, 5, 7):
+        assert torch.allclose(counts[:, labels == c].sum(1), (labels == c).sum().double())
+    assert (counts[:, labels == 7] % 1 == 0).all() and (counts[:, labels == 7] > 1).any()
     plain = torch.stack([draw_counts(7, b, 0, "x") for b in range(2000)])
     assert (plain.sum(1) == 7).all() and torch.allclose(plain.mean(0), torch.ones(7).double(), atol=0.1)
     assert torch.allclose(plain.var(0), torch.full((7,), 6 / 7).double(), atol=0.15)  # binomial(7, 1/7)
+
+
+@pytest.mark.parametrize(("each", "variance"), [(2, 1.0), (3, 1.0), (9, 1.0), (10, 0.9), (40, 39 / 40)])
+def test_a_mean_over_a_balanced_set_varies_as_it_should_with_few_rows_of_each_class_too(each: int, variance: float) -> None:
+    classes = 40
+    labels = torch.arange(classes * each) % classes
+    values = torch.randn(classes * each, generator=torch.Generator().manual_seed(each), dtype=torch.float64)
+    draws = torch.stack([draw_counts(len(values), b, 0, "x", labels) for b in range(1500)])
+    assert torch.allclose(draws.view(1500, each, classes).sum(1), torch.full((), each, dtype=torch.float64))
+    within = values.view(each, classes).var(0).mean().item() / len(values)  # of the mean, unbiased
+    assert (draws @ values / len(values)).var().item() == pytest.approx(variance * within, rel=0.1)
+
+
+def test_one_row_of_a_class_tells_nothing_of_what_varies_within_it() -> None:
+    with pytest.raises(ValueError, match="labels: class 3 has 1 row; expected at least 2 of each class"):
+        mean_estimate(torch.rand(5), 10, 0, "x", torch.tensor([0, 0, 3, 1, 1]))
 
 
 def test_strata_pick_only_rows_of_the_class_and_name_an_empty_one():

@@ -17,7 +17,7 @@ from stage1_tokenizer.data.base import Source
 from stage1_tokenizer.data.bundled import BundledConfig
 from stage1_tokenizer.data.errors import DataError
 from stage1_tokenizer.data.transform import TransformConfig
-from stage1_tokenizer.evaluate import EvaluateConfig, decoded_codes, evaluate, main, out_folder, report, table
+from stage1_tokenizer.evaluate import EvaluateConfig, decoded_codes, draw_codebook, evaluate, main, out_folder, report, table
 from stage1_tokenizer.metrics import psnr, unit
 from tests import tiny_pipelines as tiny
 
@@ -129,6 +129,13 @@ def test_a_code_of_one_level_is_drawn_with_the_others_at_their_most_frequent(lad
     expected = unit(tokenizer.top[2] + tokenizer.bottom[3])  # top's favourite, and the most frequent bottom code
     assert torch.allclose(bottom[0], expected.expand(1, 8, 8))
     assert decoded_codes(tokenizer, counts, 0).shape == (5, 1, 8, 8)
+
+
+def test_a_row_of_tokens_over_an_image_has_its_usage_drawn_and_no_pictures_of_codes(tmp_path, ladder):
+    tokenizer = tiny.Tokens(tiny.TokensConfig(), SignalSpec("image", 1, (8, 8)))
+    found = evaluate(tokenizer, Noise().split("validation"))
+    draw_codebook(tmp_path / "codebook.png", tokenizer, found.codes)
+    assert Image.open(tmp_path / "codebook.png").width > 100
 
 
 def test_data_of_another_geometry_are_refused():

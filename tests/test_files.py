@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from intarsia.files import DiskFullError, atomic, json_bytes, read_json, writable_folder, write_atomic
+from intarsia.files import DiskFullError, atomic, foreign, json_bytes, read_json, writable_folder, write_atomic
 from intarsia.tensor_files import save_tensors
 
 
@@ -108,3 +108,44 @@ def test_a_folder_that_cannot_be_written_to_is_refused_with_its_argument_and_not
             writable_folder(tmp_path / name, "out", KeyError, make=make)
     assert writable_folder(str(tmp_path / "new/deep"), "out", KeyError, make=make) == tmp_path / "new/deep"
     assert (tmp_path / "new").exists() is make and sorted(os.listdir(tmp_path))[:3] == ["file", "link", "locked"]
+
+
+def test_a_folder_of_other_things_is_refused_and_logs_a_clone_and_own_output_are_not(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+
+    def made() -> Path:
+        return writable_folder(folder, "out", KeyError, own=(".work", "mine.json"), alone=True)
+
+    for name in (".git", ".gitattributes", "README.md", "LICENSE", "train.sh", "tok.yaml", "slurm-7.out", "log.txt"):
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text("")
+        assert made() == folder
+    (folder / "logs").mkdir()
+    assert made() == folder
+    (folder / "cats").mkdir()
+    with pytest.raises(KeyError, match=f"out: {folder} holds 'cats', but no mine.json; expected a new or empty folder, or one that this"):
+        made()
+    (folder / "dog.png").write_text("")
+    with pytest.raises(KeyError, match="holds 'cats' and 1 more, but no mine.json"):
+        made()
+    (folder / "mine.json").write_text("")
+    assert made() == folder
+
+
+def test_a_data_set_of_images_is_refused_and_a_folder_with_a_picture_or_two_is_not(tmp_path: Path) -> None:
+    def said(folder: Path) -> str:
+        return foreign(folder, ("mine.json",))
+
+    classes, flat, mixed = (tmp_path / name for name in ("classes", "flat", "mixed"))
+    for folder in (classes / "cats", classes / "empty", flat, mixed / "tokenizer"):
+        folder.mkdir(parents=True)
+    assert said(classes) == said(flat) == said(tmp_path / "none") == ""
+    for path in (classes / "cats/1.JPG", flat / "1.png", flat / "2.png", mixed / "grid.png", mixed / "tokenizer/reconstructions.png"):
+        path.touch()
+    for name in ("thesis.txt", "notes.md", "tokenizer/metrics.jsonl", "tokenizer/config.yaml"):
+        (mixed / name).touch()
+    assert said(classes).startswith("holds images in 'cats', but no mine.json; expected a new or empty folder")
+    assert said(flat).startswith("holds images, but no mine.json")
+    assert said(mixed) == said(mixed / "tokenizer") == ""
+    (flat / "mine.json").touch()
+    assert said(flat) == ""

@@ -125,6 +125,23 @@ def test_a_collapse_warns_with_the_level_and_both_numbers() -> None:
     assert len(said) == 1 and "level codes/1: 1 of 8 codes used in the last 500 steps; in a new run try: " in said[0]
 
 
+def test_a_collapse_says_how_many_steps_it_looked_at_also_after_a_resumption() -> None:
+    model = tokenizer()
+    health, said = Health(HealthConfig(every=5), model), []
+
+    def at(one: Health, step: int) -> str:
+        one.count([torch.zeros(1, 2, 4, dtype=torch.int64)])
+        one.look(model, comm, never, said.append, left=0, step=step)
+        return said[-1]
+
+    assert "used in the last 5 steps" in at(health, 5) and "used in the last 3 steps" in at(health, 8)
+    resumed, older = Health(HealthConfig(every=5), model), Health(HealthConfig(every=5), model)
+    resumed.load_state_dict(health.state_dict())
+    assert "used in the last 2 steps" in at(resumed, 10)
+    older.load_state_dict({name: value for name, value in health.state_dict().items() if name != "looked"})
+    assert "used in the last 5 steps" in at(older, 10)
+
+
 def test_of_a_growing_codebook_only_the_codes_in_use_are_counted() -> None:
     model = tokenizer(VQConfig(codes=8, dim=4, init="normal", grow=(99,)))
     health, said = Health(HealthConfig(usage=0.5), model), []

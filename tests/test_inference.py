@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from intarsia.inference import exact_arithmetic, inference
+from intarsia.inference import exact_arithmetic, inference, module_device, module_dtype
+from intarsia.rng import uniform
+from intarsia.specs import SignalSpec
+from pipelines import TwoStagePipeline
 from stage1_tokenizer.quantizers.search import nearest
+from stage2_prior.priors.base import Prior
+from stage2_prior.priors.maskgit import MaskGITConfig
+from stage2_prior.sampling import DrawOptions
 from tests import tiny_pipelines as tiny
+
+ladders = tiny.ladders  # a fixture
 
 UNITS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)  # type: ignore[attr-defined]
 
@@ -72,3 +81,30 @@ def test_codes_signals_likelihoods_and_samples_are_computed_in_it(monkeypatch: p
         seen.clear()
         call(torch.rand(2, 1, 8, 8))  # type: ignore[operator]
         assert len(seen) >= 2 and set(seen) == {"cpu"}
+
+
+class Fixed(Prior):
+    """Draws uniform codes; it has no parameters, and may have a buffer."""
+
+    type_name = "fixed"
+    Options = DrawOptions
+
+    def _sample(self, ids: Tensor, upper: Any, label: Any, seed: int, known: Any, options: Any) -> list[Tensor]:
+        draws = [uniform(seed, "fixed", ids[:, None], i, torch.arange(level.positions)[None]) for i, level in enumerate(self.own)]
+        return [(u * level.vocab).long().view(-1, *level.shape) for u, level in zip(draws, self.own, strict=True)]
+
+
+def test_parts_without_parameters_are_where_and_what_their_buffers_are_and_else_on_the_cpu_in_float32() -> None:
+    tokenizer = tiny.Tokens(tiny.TokensConfig(), SignalSpec("image", 1, (8, 8)))
+    prior = Fixed(MaskGITConfig(), tiny.codes_spec(tokenizer))
+    for bare in (nn.Identity(), prior):
+        assert (module_device(bare), module_dtype(bare)) == (torch.device("cpu"), torch.float32)
+    x = TwoStagePipeline(tokenizer, [prior]).sample(3, label="bag", seed=0)
+    assert x.shape == (3, 1, 8, 8)
+    prior.register_buffer("count", torch.zeros((), dtype=torch.int64, device="meta"))
+    prior.register_buffer("one", torch.ones((), dtype=torch.float64, device="meta"))
+    assert (prior.device, prior.dtype) == (torch.device("meta"), torch.float64)
+    assert (tokenizer.device, tokenizer.double().dtype) == (torch.device("cpu"), torch.float64)
+    mixed = nn.Linear(2, 2).to(torch.float64)
+    mixed.register_buffer("one", torch.ones((), device="meta"))
+    assert (module_device(mixed), module_dtype(mixed)) == (torch.device("cpu"), torch.float64)  # parameters come first

@@ -129,3 +129,9 @@ def test_the_command_writes_figures_and_a_picture(tmp_path: Path, capsys: Any, m
     with Image.open(tmp_path / "out" / "completions.png") as picture:
         assert picture.width > picture.height > 100
     assert "drawn independently, above completed: " in capsys.readouterr().out
+
+
+def test_a_row_of_tokens_over_an_image_is_drawn_as_a_whole() -> None:
+    pipeline = tiny.tokens("gpt")
+    tree, pictures = measure_completions(pipeline, pipeline, Blobs(), JudgeConfig(part="centre", n=12, bootstrap=2))
+    assert tree["drawn_codes"] == 4 and pictures["completed"].shape == (10, 1, 8, 8)

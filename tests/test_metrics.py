@@ -144,6 +144,7 @@ def test_code_statistics_of_a_known_distribution():
     assert uniform.bits_per_image == pytest.approx(18) and uniform.nominal_bits_per_image == pytest.approx(18)
     one = code_statistics(torch.tensor([0, 9, 0, 0]), LevelSpec("codes", 4, (1,)))
     assert (one.used, one.usage, one.perplexity, one.entropy_bits) == (1, 0.25, 1, 0)
+    assert f"{one.entropy_bits:.3f} {one.bits_per_image:.3f} {one.perplexity:.3f}" == "0.000 0.000 1.000"  # no -0.000
     skewed = code_statistics(torch.tensor([2, 1, 1, 0]), LevelSpec("codes", 4, (1,)))
     assert skewed.entropy_bits == pytest.approx(1.5) and skewed.perplexity == pytest.approx(2**1.5) and skewed.used == 3
 

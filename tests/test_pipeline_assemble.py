@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from intarsia.cli import UserError
+from intarsia.config import ConfigError
 from pipelines import TwoStagePipeline, assemble
 from tests import tiny_pipelines as tiny
 
@@ -63,3 +64,40 @@ def test_a_place_that_will_not_be_written_to_is_said_before_the_parts_are_read(t
         with pytest.raises(UserError, match=f"^out: {tmp_path / out}:? {message}"):
             assemble.main([*words, str(tmp_path / out), *flag])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "release"]
+
+
+def test_another_pipeline_is_replaced_only_where_that_is_said(ladder: TwoStagePipeline, tmp_path: Path) -> None:
+    for name, part in zip(("tok", "top", "bottom"), (ladder.tokenizer, *ladder.priors), strict=True):
+        part.save_pretrained(tmp_path / name)
+    out, both = str(tmp_path / "made"), f"{tmp_path / 'top'},{tmp_path / 'bottom'}"
+    words = ["--tokenizer", str(tmp_path / "tok"), "--out", out, "--priors"]
+    assemble.main([*words, both])
+    assemble.main([*words, both, "--micro_batch", "4"])  # the same parts
+    sha = ladder.priors[1].weights_sha256[:12]
+    for flag in ([], ["--check"]):
+        with pytest.raises(UserError, match=f"^out: {out} holds another pipeline: priors/1 is pixelcnn {sha} there, none here; --over"):
+            assemble.main([*words, str(tmp_path / "top"), *flag])
+    assert len(TwoStagePipeline.from_pretrained(out).priors) == 2
+    assemble.main([*words, str(tmp_path / "top"), "--overwrite=true"])
+    assert len(TwoStagePipeline.from_pretrained(out).priors) == 1
+
+
+@pytest.mark.parametrize("priors", [",", "a,", " "])
+def test_an_empty_path_is_said_of_priors(tmp_path: Path, priors: str) -> None:
+    with pytest.raises(ConfigError, match=f"^priors: '{priors}' holds an empty path"):
+        assemble.main(["--tokenizer", "x", "--priors", priors, "--out", str(tmp_path / "made")])
+
+
+def test_a_pipeline_is_saved_into_a_clone_and_not_among_images(ladder: TwoStagePipeline, tmp_path: Path) -> None:
+    (tmp_path / "clone" / ".git").mkdir(parents=True)
+    for name in ("LICENSE", ".gitattributes"):
+        (tmp_path / "clone" / name).write_text("theirs")
+    ladder.save_pretrained(tmp_path / "clone")
+    ladder.save_pretrained(tmp_path / "clone")
+    assert len(TwoStagePipeline.from_pretrained(tmp_path / "clone").priors) == 2
+    (tmp_path / "photos" / "cats").mkdir(parents=True)
+    (tmp_path / "photos" / "cats" / "1.png").touch()
+    for saved in (ladder, ladder.tokenizer, ladder.priors[0]):
+        with pytest.raises(FileExistsError, match=r"photos: holds images in 'cats', but no (pipeline|config)\.json"):
+            saved.save_pretrained(tmp_path / "photos")
+    assert [p.name for p in (tmp_path / "photos").iterdir()] == ["cats"]

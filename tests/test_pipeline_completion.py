@@ -62,6 +62,19 @@ def test_a_cell_is_generated_if_its_patch_touches_the_mask(sizes: tuple[int, ...
     assert torch.equal(kept_cells(mask, grid), ~touched(mask, grid))
 
 
+@pytest.mark.parametrize("kind", ["maskgit", "gpt"])
+def test_a_row_of_tokens_over_an_image_is_drawn_anew_where_the_mask_touches_the_image_at_all(kind: str) -> None:
+    mask = torch.stack([below(1, 7)[0], below(1, 8)[0]])  # the last row of the first image, nothing of the second
+    assert torch.equal(kept_cells(mask, (4,)), torch.tensor([[False] * 4, [True] * 4]))
+    assert torch.equal(kept_cells(mask, (2, 2, 2)), torch.tensor([False, True]).view(2, 1, 1, 1).expand(2, 2, 2, 2))
+    pipeline, x = tiny.tokens(kind), images(2)
+    y = pipeline.complete(x, mask, n=3, label="bag", seed=0)
+    assert torch.equal(y[3:], pipeline.reconstruct(x[1:]).expand(3, -1, -1, -1)) and not torch.equal(y[0], y[1])
+    assert torch.equal(pipeline.inpaint(x, mask, label="bag", seed=0)[:, :, :7], x[:, :, :7])
+    grown = pipeline.outpaint(x[:, :, :4], [(0, 4), (0, 0)], label="bag", seed=0)
+    assert grown.shape == x.shape and torch.equal(grown[:, :, :4], x[:, :, :4])
+
+
 @pytest.mark.parametrize("kind", PARALLEL)
 def test_known_codes_stay_exactly_and_the_others_are_drawn(pipelines: dict[str, TwoStagePipeline], kind: str) -> None:
     pipeline, x, mask = pipelines[kind], images(12), spots(12)
@@ -342,3 +355,12 @@ def test_codes_and_masks_of_other_levels_are_refused(pipelines: dict[str, TwoSta
             pipeline.complete_codes(*changed)
     with pytest.raises(ValueError, match="the maskgit prior of bottom cannot complete it: known: the mask of level .* is torch.int64"):
         pipeline.complete_codes(codes, [keep[0], keep[1].long()])
+
+
+def test_no_list_of_maps_is_said_of_the_argument() -> None:
+    one = tiny.pipeline("gpt")
+    codes = [torch.zeros(1, *level.shape, dtype=torch.int64) for level in one.spec.levels]
+    with pytest.raises(ValueError, match="^keep: a NoneType; expected one torch tensor for each level, in a list"):
+        one.complete_codes(codes, None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^codes: a NoneType; expected one torch tensor for each level, in a list"):
+        one.complete_codes(None, codes)  # type: ignore[arg-type]

@@ -30,6 +30,7 @@ from intarsia.release import replace_folder, restore_folder
 from intarsia.run import Run
 from intarsia.run_config import LogConfig, OptimConfig, RunConfig
 from intarsia.schedule import learning_rate
+from intarsia.stepping import check_gradients
 from tests.training import Left, fork, wait
 
 LOG = LogConfig(every=2, validate_every=0, checkpoint_every=4, pictures_every=0)
@@ -721,3 +722,33 @@ def test_bf16_on_cuda_is_for_cards_that_compute_in_it(monkeypatch, native, expec
     """Older ones emulate it, which torch counts as support unless it is asked not to."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
     assert machine.pick_precision(RunConfig(run="r"), torch.device("cuda")) == expected
+
+
+# Gradients ---------------------------------------------------------------------------------------------------------------
+class Idle(Toy):
+    """Has layers that no loss depends on."""
+
+    def __init__(self, frozen: bool = False) -> None:
+        super().__init__()
+        self.spare, self.more = nn.Linear(2, 2).requires_grad_(not frozen), nn.Linear(2, 2).requires_grad_(not frozen)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_parameter_without_a_gradient_is_an_error_before_any_weight_changes(tmp_path, monkeypatch, accumulate):
+    monkeypatch.setattr(f"{__name__}.Toy", Idle)
+    told = "^parameters spare.weight, spare.bias, more.weight and 1 more get no gradient: every trained parameter must, in every step"
+    stepped = []
+    with pytest.raises(UserError, match=told):
+        go(tmp_path / "run", accumulate=accumulate, at=lambda step, run: stepped.append(step))
+    assert stepped == [] and checkpoints(tmp_path / "run" / "checkpoints") == []
+    monkeypatch.setattr(f"{__name__}.Toy", lambda: Idle(frozen=True))
+    go(tmp_path / "frozen", accumulate=accumulate)
+
+
+def test_a_single_parameter_without_a_gradient_is_named():
+    module = nn.Linear(2, 2)
+    module(torch.ones(1, 2)).sum().backward()
+    check_gradients(module)
+    module.bias.grad = None
+    with pytest.raises(UserError, match="^parameter bias gets no gradient: "):
+        check_gradients(module)

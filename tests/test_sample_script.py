@@ -17,6 +17,7 @@ from PIL import Image
 
 from intarsia.cli import run_main
 from intarsia.pictures import mosaic
+from intarsia.specs import SignalSpec
 from pipelines import TwoStagePipeline, sample
 from pipelines.outputs import to_uint8
 from tests import tiny_pipelines as tiny
@@ -161,11 +162,8 @@ def files(folder: Path) -> None:
         (["--label", "bag,9"], "label: 9 is out of range; expected 0 to 3"),
         (["--label", "-1"], "label: -1 is out of range"),
         (["--out", "x.jpg"], "out: 'x.jpg' ends with '.jpg'; expected .png, .npz, or a folder (x.jpg/)"),
-        (
-            ["--out", "full"],
-            "out: full is a folder that holds files already; expected a new or empty folder, or one of interrupted",
-        ),
-        (["--out", "file"], "out: file is a file; expected a new or empty folder"),
+        (["--out", "full"], "out: full holds 'x', but no plan.json; expected a new or empty folder, or one that"),
+        (["--out", "file"], "out: file is a file; expected a folder"),
         (["--out", "dir.png"], "out: dir.png is a folder"),
         (["--out", "file/x.png"], "out: file is a file; expected a folder"),
         (["--device", "gpu"], "device: 'gpu' cannot be used: "),
@@ -223,3 +221,25 @@ def test_the_script_samples_without_a_heavy_import(folder: Path, root: Path) -> 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert pixels("grid.png").shape[2] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "x.png"], "out: x.png: PNG files hold images of 1 or 3 channels; these are audio of 2; expected a .npz file"),
+        (["--out", "new"], "format: png: PNG files hold images of 1 or 3 channels; these are audio of 2; expected --format npz"),
+        (["--out", "new", "--format", "png"], "format: png: PNG files hold images"),
+        (["--out", "x.npz"], None),
+        (["--out", "new", "--format", "npz"], None),
+    ],
+)
+def test_what_is_no_picture_wants_arrays_and_the_flag_for_them_is_named(
+    folder: Path, monkeypatch: Any, capsys: Any, arguments: list[str], message: str | None
+) -> None:
+    monkeypatch.setattr(TwoStagePipeline, "signal", property(lambda self: SignalSpec("audio", 2, (8,))))
+    if message is None:
+        sample.main(["--pipeline", str(folder), "--check", *arguments])
+        return
+    with pytest.raises(SystemExit) as exit:
+        run_main(lambda: sample.main(["--pipeline", str(folder), *arguments]))
+    assert exit.value.code == 2 and capsys.readouterr().err.startswith(f"error: {message}")

@@ -12,6 +12,8 @@ from intarsia.rng import StepRng
 from intarsia.run_config import OptimConfig
 from intarsia.specs import SignalSpec
 from stage1_tokenizer.quantizers.base import QUANTIZERS
+from stage1_tokenizer.quantizers.residual import ResidualConfig
+from stage1_tokenizer.quantizers.vq import VQConfig
 from stage1_tokenizer.sizes import NUMBERS_AT_ONCE, activation_bytes, describe, parts, rows_at_once
 from stage1_tokenizer.tokenizers.vqvae import VQVAE, VQVAEConfig
 from stage1_tokenizer.tokenizers.vqvae2 import VQVAE2, VQVAE2Config
@@ -27,7 +29,10 @@ def test_every_quantiser_can_be_counted_without_memory(kind):
     assert sum(parts(tokenizer).values()) == sum(p.numel() for p in tokenizer.parameters())
 
 
-@pytest.mark.parametrize(("cls", "config"), [(VQVAE, VQVAEConfig()), (VQVAE2, VQVAE2Config())])
+TOLD = VQVAEConfig(quantizer=ResidualConfig(stages=3, dropout=0.5, inner=VQConfig(codes=8, dim=32)), by_depth=True, prefix_decoders=(1, 2))
+
+
+@pytest.mark.parametrize(("cls", "config"), [(VQVAE, VQVAEConfig()), (VQVAE, TOLD), (VQVAE2, VQVAE2Config())])
 def test_activations_are_those_that_a_real_forward_keeps(cls, config):
     torch.manual_seed(0)
     tokenizer = cls(config, SIGNAL)

@@ -22,6 +22,7 @@ from stage1_tokenizer.data import decoded
 from stage1_tokenizer.data.base import SOURCES
 from stage1_tokenizer.data.errors import DataError
 from stage1_tokenizer.metrics import psnr, unit
+from stage1_tokenizer.objectives.base import Objective
 from stage1_tokenizer.objectives.reconstruction import ReconstructionConfig
 from stage1_tokenizer.quantizers.residual import ResidualConfig
 from stage1_tokenizer.quantizers.vq import VQ, VQConfig
@@ -32,6 +33,7 @@ from tests.training import HIERARCHY, TOKENIZER, Left, Toy, ToyConfig, augmented
 
 EVERY = {"validate_every": 5, "pictures_every": 5, "checkpoint_every": 5}
 UNTRAINED = ReconstructionConfig(prefix_weight=0.0)
+DEPTHS = TOKENIZER.replace(quantizer=ResidualConfig(stages=2, dropout=0.5, inner=VQConfig(codes=8, dim=4)), prefix_decoders=(1,))
 
 
 def left(config, **flags) -> Left:
@@ -218,6 +220,23 @@ def test_the_decoders_of_a_hierarchy_are_trained_alone_and_its_run_resumes_exact
     assert figures and {"perplexity/bottom", "quantization_error/bottom", "restarts/top"} <= figures[-1].keys()
 
 
+class Blind(Objective):
+    """Forgets ``out.prefixes``."""
+
+    def tokenizer_loss(self, out, x, step, rng):
+        return (out.x - x).square().mean() + out.loss, {}
+
+
+def test_an_objective_that_forgets_the_decoders_of_prefixes_is_refused_before_any_weight_changes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script.OBJECTIVES, "build", lambda config: Blind())
+    with pytest.raises(SystemExit) as stop:
+        cli.run_main(lambda: run_training(tiny(tmp_path / "run", tokenizer=HIERARCHY)))
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len([line for line in lines if line.startswith("error: parameters heads.0.")]) == 1, lines
+    assert not any((tmp_path / "run" / "checkpoints").glob("step-*"))
+    run_training(tiny(tmp_path / "none", steps=2, tokenizer=HIERARCHY.replace(prefix_blocks=None)))
+
+
 def test_a_run_goes_on_with_its_own_data_alone(tmp_path, monkeypatch):
     run_training(tiny(tmp_path, steps=6), max_steps=2)
     begun = json.loads((tmp_path / "data.json").read_text())
@@ -283,6 +302,7 @@ SMALL = ["--tokenizer.net.widths", "[8, 8]", "--tokenizer.net.blocks", "[0, 0]",
     [
         ({"log": {"patience": 3}}, "log.patience: 3, but nothing is validated: log.validate_every is 0, the splits are train, validation"),
         ({"tokenizer": HIERARCHY, "objective": UNTRAINED}, "tokenizer.prefix_blocks: 1 makes some; use tokenizer.prefix_blocks: null"),
+        ({"tokenizer": DEPTHS, "objective": UNTRAINED}, r"tokenizer.prefix_decoders: \[1\] makes some; use .*: \[\]"),
     ],
 )
 def test_settings_that_do_nothing_are_refused_before_training(tmp_path, monkeypatch, changes, message):
@@ -361,7 +381,7 @@ def test_the_checkpoint_is_as_large_as_dry_run_says(tmp_path):
         (["--batch_size", "0"], "batch_size: Input should be greater than or equal to 1; got 0"),
         (["--data.type", "tyo"], "data: unknown data source 'tyo'; did you mean 'toy'"),
         (["--precision", "fp8"], "precision: Input should be"),
-        (["--resume", "nowhere"], "nowhere/manifest.json: cannot be read"),
+        (["--resume", "nowhere"], "resume: 'nowhere' holds no manifest.json; expected a checkpoint"),
         (["--init", "nowhere"], "nowhere"),
     ],
 )
@@ -392,3 +412,16 @@ def test_growth_that_a_run_never_reaches_is_refused_before_anything_is_trained(t
     deep = HIERARCHY.replace(levels=(HIERARCHY.levels[0], LevelConfig(quantizer=ResidualConfig(stages=2, inner=growing))))
     with pytest.raises(ConfigError, match=r"tokenizer.levels.1.quantizer.inner.grow: \[2, 8\], but steps is 8"):
         script.check_fit(config.replace(tokenizer=deep), Toy(ToyConfig()))
+
+
+@pytest.mark.parametrize("flag", [[], ["--check"]])
+def test_a_run_among_images_is_refused_and_one_at_home_is_made_there(tmp_path, monkeypatch, capsys, flag):
+    (tmp_path / "photos" / "cats").mkdir(parents=True)
+    (tmp_path / "photos" / "cats" / "1.png").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["--data.type", "toy", "--device", "cpu", *SMALL, "--steps", "1", "--batch_size", "8", *flag]
+    assert command(monkeypatch, "--run", "~/photos", *words) == 2
+    found = "holds images in 'cats', but no config.yaml; expected a new or empty folder, or one that this command wrote"
+    assert capsys.readouterr().err == f"error: run: {tmp_path}/photos {found}\n"
+    assert [p.name for p in (tmp_path / "photos").iterdir()] == ["cats"]
+    assert command(monkeypatch, "--run=~/tok", *words) == 0 and (tmp_path / "tok").exists() is not bool(flag)

@@ -16,6 +16,7 @@ from stage1_tokenizer.nets.conv import ConvConfig
 from stage1_tokenizer.objectives.base import OBJECTIVES
 from stage1_tokenizer.objectives.reconstruction import ReconstructionConfig
 from stage1_tokenizer.quantizers.base import QUANTIZERS, QuantizerConfig
+from stage1_tokenizer.quantizers.fsq import FSQConfig
 from stage1_tokenizer.quantizers.residual import Residual, ResidualConfig
 from stage1_tokenizer.quantizers.vq import VQConfig
 from stage1_tokenizer.tokenizers.base import Tokenizer, TokenizerOutput
@@ -230,6 +231,49 @@ def test_a_decoder_that_is_told_the_depth_decodes_each_prefix_as_training_saw_it
     for i, maps in enumerate(depth.tolist()):
         torch.testing.assert_close(again.decode([c[i : i + 1] for c in out.codes[:maps]]), out.x[i : i + 1].detach(), atol=1e-5, rtol=1e-5)
     assert again.fingerprint == told.fingerprint
+
+
+@pytest.mark.parametrize("inner", [VQConfig(codes=16, dim=4), VQConfig(codes=16, dim=4, update="gradient"), FSQConfig(levels=(3, 3, 3))])
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_a_prefix_decoder_learns_from_every_sample_and_leaves_the_codes_alone(axes: int, inner: QuantizerConfig, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    quantizer = ResidualConfig(stages=3, dropout=0.5, depth_weights=(0, 1, 1), inner=inner)
+    plain = VQVAE(CONFIG.replace(quantizer=quantizer), SIGNALS[axes])
+    own = VQVAE(CONFIG.replace(quantizer=quantizer, prefix_decoders=(1,)), SIGNALS[axes])
+    found = own.load_state_dict(plain.state_dict(), strict=False)
+    assert found.missing_keys and all(key.startswith("prefix_decoders.1.") for key in found.missing_keys)
+    assert not any("encoder" in key for key in found.missing_keys)
+    assert own.prefixes() == plain.prefixes() == (1, 2, 3)
+    before = own.fingerprint
+    nn.init.normal_(own.prefix_decoders["1"].from_codes.weight)
+    assert own.fingerprint == before
+    x, rng = signals(SIGNALS[axes], 8), StepRng(0, 1, torch.arange(8))
+    out, was = own.train()(x, rng=rng), plain.train()(x, rng=rng)
+    torch.testing.assert_close(out.x, was.x)
+    ((count, first),) = out.prefixes
+    assert count == 1 and first.shape == x.shape
+    (first - x).square().mean().backward()
+    reached = {name for name, p in own.named_parameters() if p.grad is not None and bool((p.grad != 0).any())}
+    assert reached == {name for name, _ in own.named_parameters() if name.startswith("prefix_decoders.1.")}
+    own.eval()
+    torch.testing.assert_close(own.decode(out.codes[:1]), first.detach(), atol=1e-5, rtol=1e-5)
+    for maps in (2, 3):
+        torch.testing.assert_close(own.decode(out.codes[:maps]), plain.eval().decode(out.codes[:maps]))
+    own.save_pretrained(tmp_path / "model")
+    torch.testing.assert_close(VQVAE.from_pretrained(tmp_path / "model").decode(out.codes[:1]), own.decode(out.codes[:1]))
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "counts", "why"),
+    [
+        (VQConfig(codes=16, dim=4), (1,), "1, but this vq quantizer decodes from these counts of leading maps: none"),
+        (ResidualConfig(stages=3, dropout=0.5, inner=VQConfig(codes=16, dim=4)), (1, 3), "3, but this residual .* leading maps: 1, 2"),
+        (ResidualConfig(stages=3, dropout=0.5, inner=VQConfig(codes=16, dim=4)), (2, 1), "expected different counts of maps that rise"),
+    ],
+)
+def test_prefix_decoders_are_of_prefixes_that_decode(quantizer: QuantizerConfig, counts: tuple[int, ...], why: str) -> None:
+    with pytest.raises(ValueError, match=f"prefix_decoders: .*{why}"):
+        VQVAE(CONFIG.replace(quantizer=quantizer, prefix_decoders=counts), SIGNALS[2])
 
 
 @pytest.mark.parametrize("quantizer", [VQConfig(codes=16, dim=4), ResidualConfig(stages=3, inner=VQConfig(codes=16, dim=4))])

@@ -75,18 +75,57 @@ class Ladder(Tokenizer):
         return torch.stack([self.get_parameter(n)[c].repeat_interleave(f, 1).repeat_interleave(f, 2) for n, c, f in layers]).sum(0)[:, None]
 
 
+class TokensConfig(TokenizerConfig):
+    """A row of four tokens over an image."""
+
+
+class Tokens(Tokenizer):
+    """Token i stands for the mean of the i-th quarter of the rows of an 8 x 8 image: one axis over a signal of two. Buffers alone."""
+
+    type_name = "tokens"
+    config: TokensConfig
+    halo = None
+    stride = (8, 8)
+    values: Tensor
+
+    def __init__(self, config: TokensConfig, signal: SignalSpec) -> None:
+        super().__init__(config, signal)
+        self.register_buffer("values", torch.linspace(-0.8, 0.8, 6))
+
+    def level_specs(self) -> tuple[LevelSpec, ...]:
+        return (LevelSpec("tokens", 6, (4,)),)
+
+    @property
+    def spec(self) -> TokenizerSpec:
+        return TokenizerSpec(self.signal, self.level_specs(), self.fingerprint, (1,))
+
+    def _encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        return ((x.view(len(x), 4, 16).mean(2)[..., None] - self.values).abs().argmin(-1),)
+
+    def _decode(self, codes: tuple[Tensor, ...], cond: Any) -> Tensor:
+        return self.values[codes[0]].repeat_interleave(16, 1).view(-1, 1, 8, 8)
+
+
+def tokens(kind: str) -> TwoStagePipeline:
+    """A type of prior over a row of tokens (needs ``register_ladder``)."""
+    tok = Tokens(TokensConfig(), SignalSpec("image", 1, (8, 8)))
+    return TwoStagePipeline(tok, [prior(kind, codes_spec(tok))], micro_batch=8)
+
+
 def register_ladder() -> None:
     TOKENIZERS.register("ladder", LadderConfig)(Ladder)
+    TOKENIZERS.register("tokens", TokensConfig)(Tokens)
 
 
 def unregister_ladder() -> None:
     """So that tests over the whole registry do not meet it."""
-    del TOKENIZERS._classes["ladder"], TOKENIZERS._configs["ladder"]
+    for name in ("ladder", "tokens"):
+        del TOKENIZERS._classes[name], TOKENIZERS._configs[name]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def ladders() -> Iterator[None]:
-    """The ladders are registered while the tests of a module run."""
+    """The ladders, and the row of tokens, are registered while the tests of a module run."""
     register_ladder()
     yield
     unregister_ladder()

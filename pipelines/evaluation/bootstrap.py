@@ -16,6 +16,7 @@ from torch import Tensor
 from intarsia.rng import uniform
 
 LEVEL = 0.95
+FEW = 10  # rows of a class below which one resampled set holds a row fewer of it, see ``draw_counts``
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,15 @@ class Strata:
         size = torch.bincount(labels, minlength=classes or 0)
         return cls(torch.argsort(labels, stable=True), size.cumsum(0) - size, size)
 
+    def weights(self, labels: Tensor) -> Tensor:
+        """(n,) float64: how often the draw for each row counts; see ``draw_counts``. Raises ValueError for a class of one row."""
+        if (single := (self.size == 1).nonzero()).numel():
+            raise ValueError(f"labels: class {int(single[0])} has 1 row; expected at least 2 of each class, to resample within it")
+        size = self.size[labels].double()
+        weights = torch.where(size < FEW, size / (size - 1), 1.0)
+        weights[self.order[self.start[(self.size > 0) & (self.size < FEW)]]] = 0.0  # the draw that is left out
+        return weights
+
     def pick(self, labels: Tensor, u: Tensor) -> Tensor:
         """The row that each uniform draw ``u`` in (0, 1), float64, picks among those of class ``labels``; int64 of the broadcast shape."""
         size = self.size[labels]
@@ -69,12 +79,21 @@ class Strata:
 def draw_counts(n: int, replicate: int, seed: int, name: str, labels: Tensor | None = None) -> Tensor:
     """(n,) float64: how often each of ``n`` rows occurs in one resampled set of n rows.
 
-    With ``labels`` (n,) each class keeps its number of rows, as in a set that was balanced on purpose.
+    With ``labels`` (n,) each class keeps its number of rows m, as in a set that was balanced on purpose. Within a class m draws vary by
+    (m - 1) / m too little. Of a class of fewer than ``FEW`` rows there are therefore m - 1 draws, which count m / (m - 1) times each, so
+    that the variance of a mean is right (the rescaling bootstrap: Rao and Wu 1988); of larger classes, intervals are at most 5 % narrow.
+
+    Raises:
+        ValueError: for a class of one row, which tells nothing of what varies within it.
     """
     strata = Strata.of(labels, n)
     u = uniform(seed, f"bootstrap/{name}", torch.arange(n), step=replicate, dtype=torch.float64)
-    rows = strata.pick(torch.zeros(n, dtype=torch.int64) if labels is None else labels, u)
-    return torch.bincount(rows, minlength=n).double()
+    if labels is None:
+        return torch.bincount(strata.pick(torch.zeros(n, dtype=torch.int64), u), minlength=n).double()
+    rows = strata.pick(labels, u)
+    if int(strata.size.min()) >= FEW:
+        return torch.bincount(rows, minlength=n).double()
+    return torch.bincount(rows, strata.weights(labels), minlength=n)
 
 
 def interval(value: float, replicates: Tensor, share: bool = False) -> Estimate:

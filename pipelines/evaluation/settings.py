@@ -15,6 +15,7 @@ from torch import Tensor
 
 from intarsia.cli import Flags, UserError
 from intarsia.config import Config, ConfigError, Place, Seed
+from pipelines.evaluation.bootstrap import FEW
 from pipelines.evaluation.features import BUNDLED, FeatureModel
 from pipelines.evaluation.sets import ImageSet, balanced_labels, can_balance, choose_rows, in_batches, measure, real_batches
 from pipelines.sampling_config import SamplingConfig
@@ -39,8 +40,8 @@ class MeasureConfig(Config):
     n: Annotated[int, Field(ge=2)] = 5000
     """Samples, and reference images. Frechet distance, precision and recall depend on it: compare at equal n only."""
     balanced: bool | None = None
-    """Equally many samples and reference images per class, or both by the frequencies of the data. By default balanced where the
-    reference has enough images of each class."""
+    """Equally many samples and reference images per class (at least 2), or both by the frequencies of the data. By default balanced where
+    ``n`` is at least 10 per class and the reference has enough images of each."""
     sampling: SamplingConfig = SamplingConfig()
     """Temperature and the like."""
     features: str = BUNDLED
@@ -113,7 +114,7 @@ class Reference:
 
 def choose_reference(source: Source, config: MeasureConfig, labelled: bool) -> Reference:
     """The rows that ``config`` asks for. Raises ValueError where classes cannot be balanced as it says; ConfigError where there are none to
-    balance, or ``k`` is too large.
+    balance, or fewer than 2 images of a class, within which nothing can be resampled, or ``k`` is too large.
 
     Args:
         labelled: whether the samples have classes.
@@ -121,8 +122,12 @@ def choose_reference(source: Source, config: MeasureConfig, labelled: bool) -> R
     split, classes = source.split(config.reference), len(source.classes)
     if config.balanced and not labelled:
         raise ConfigError(["balanced: True, but no prior of the pipeline takes labels; expected False, or null"])
-    possible = labelled and can_balance(split, config.n, classes)
+    each = min(config.n, len(split)) // max(1, classes)  # of the reference; samples are no fewer
+    possible = labelled and each >= FEW and can_balance(split, config.n, classes)
     balanced = possible if config.balanced is None else config.balanced
+    if balanced and each < 2:
+        found = f"{min(config.n, len(split))} {config.reference} images of {classes} classes are {each} of each"
+        raise ConfigError([f"balanced: True, but {found}: intervals need 2; expected {2 * classes} images or more, False, or null"])
     rows = choose_rows(split, config.n, config.seed, classes if balanced else 0)
     if config.k >= min(config.n, len(rows)):
         raise ConfigError([f"k: {config.k}; expected fewer than the {config.n} samples and the {len(rows)} {config.reference} images"])

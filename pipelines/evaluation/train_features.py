@@ -22,6 +22,7 @@ from torch import Tensor
 from intarsia.cli import UserError, parse, run_main
 from intarsia.config import Budget, Config, ConfigError, Place, Seed
 from intarsia.files import writable_folder
+from intarsia.hub_files import CONFIG, WEIGHTS
 from intarsia.order import Order
 from pipelines.evaluation.features import CLASSIFIERS, Classifier, ClassifierConfig, ClassifierSpec, ConvClassifierConfig
 from pipelines.evaluation.settings import check_alone
@@ -96,7 +97,7 @@ def main() -> None:
     check_alone("a feature model is trained by one")
     source = SOURCES.build(config.data)
     checked = flags.check or flags.dry_run
-    out = writable_folder(config.out, "out", UserError, make=not checked)
+    out = writable_folder(config.out, "out", UserError, make=not checked, own=(CONFIG, WEIGHTS))
     if checked:
         print(f"data: {source.signal}, {len(source.classes)} classes, splits {', '.join(source.splits)}")
         return

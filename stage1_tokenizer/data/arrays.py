@@ -48,6 +48,7 @@ class ArraySplit(Split):
         self.captions = check_captions(captions, len(self.x))
         sizes = self.x.shape[2:]
         self.out = tuple(self.transform.target(*sizes)) if len(sizes) == 2 else tuple(sizes)
+        self.transform.check_shift(self.out)
         self.signal = SignalSpec(_KIND_OF_AXES[len(sizes)], self.x.shape[1], self.out)
 
     def _signals(self, indices: Tensor, epochs: Tensor | int | None, seed: int, view: int) -> Tensor:
@@ -105,6 +106,8 @@ def resize_array(x: Tensor, transform: TransformConfig) -> Tensor:
         raise DataError(
             f"data.transform.size: {target} is larger than the images, {(height, width)}; set transform.resize to shorter or exact"
         )
+    if reason := transform.too_large(height, width):
+        raise DataError(f"data.transform.size: {reason}")
     if scaled != (height, width):
         x = torch.stack([resize_one(image, scaled) for image in x])
     if transform.crop == "center" and transform.shift == 0:

@@ -2,7 +2,8 @@
 
 Accepted: grey and colour with 8 bits a channel, in any format that PIL reads. Converted: palettes, transparency (laid on
 white), bilevel, EXIF rotation. Refused: 16-bit and floating-point grey, CMYK and other colour spaces, animations,
-images above MAX_PIXELS (a file of half a megabyte can hold a gigabyte) or below MIN_SIDE.
+images above MAX_PIXELS (a file of half a megabyte can hold a gigabyte) or below MIN_SIDE. What ``transform.too_large`` refuses, long
+strips that a resize would enlarge to as much, is found by the headers, too.
 """
 
 from __future__ import annotations

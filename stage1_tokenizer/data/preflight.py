@@ -68,7 +68,7 @@ class DecodedSource(Source):
         config, pool = self.config, Pool(self.config.workers, self.config.timeout)
         usable: dict[str, tuple[Part, list[Header], Tensor]] = {}
         for name, part in parts.items():
-            headers = scan_headers(part.items, pool)
+            headers = [sane_header(header, config.transform) for header in scan_headers(part.items, pool)]
             if config.skip_bad:
                 headers = try_decode(part.items, headers, pool)
             usable[name] = self._without_bad(name, part, headers)
@@ -119,6 +119,11 @@ def scan_headers(items: Items, pool: Pool) -> list[Header | str]:
     return found
 
 
+def sane_header(header: Header | str, transform: TransformConfig) -> Header | str:
+    """The header, or the reason why no image of its size can be resized."""
+    return header if isinstance(header, str) else transform.too_large(header.height, header.width) or header
+
+
 def try_decode(items: Items, headers: list[Header | str], pool: Pool) -> list[Header | str]:
     """``headers``, with a reason in the place of each image whose pixels cannot be decoded."""
 
@@ -158,4 +163,5 @@ def check_geometry(parts: list[tuple[Items, list[Header]]], transform: Transform
                     f"data: {items.name(i)} is {header.width}x{header.height}, smaller than transform.size {target[1]}x{target[0]}; "
                     "set transform.resize to shorter or exact"
                 )
+    transform.check_shift(transform.target(first.height, first.width))
     return transform.channels or first.channels

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from intarsia.config import Config
 from intarsia.rng import uniform
+from stage1_tokenizer.data.errors import DataError
+
+MAX_ENLARGED = 1 << 24
 
 
 class TransformConfig(Config):
@@ -25,13 +28,13 @@ class TransformConfig(Config):
     resize: Literal["shorter", "exact", "none"] = "shorter"
     """How an image comes to ``size``: scaled to cover it and cropped, stretched to it, or cropped only. Antialiased (Lanczos)."""
     margin: int = 0
-    """With ``resize: shorter``, the pixels by which the scaled image goes beyond ``size``, to be cropped away."""
+    """With ``resize: shorter``, the pixels by which the scaled image goes beyond ``size``, to be cropped away; at most ``size``."""
     crop: Literal["center", "random"] = "center"
     """Where training crops; evaluation always takes the centre."""
     flip: bool = False
     """Mirror left and right at random."""
     shift: int = 0
-    """Move by up to this many pixels along each axis at random; the border is repeated."""
+    """Move by up to this many pixels along each axis at random, fewer than there are; the border is repeated."""
     channels: Literal[1, 3] | None = None
     """1 (grey) or 3 (colour); without it, what all images have."""
 
@@ -56,6 +59,11 @@ class TransformConfig(Config):
             raise ValueError(f"crop: random, but size {self.size} with resize {self.resize!r} leaves nothing to crop away")
         if self.margin and (self.size is None or self.resize != "shorter"):
             raise ValueError(f"margin: {self.margin} with size {self.size} and resize {self.resize!r}; 'shorter' to a size has one")
+        shorter = min(self.size) if isinstance(self.size, tuple) else self.size
+        if shorter is not None and self.margin > shorter:
+            raise ValueError(f"margin: {self.margin} with size {self.size}; expected at most {shorter}")
+        if shorter is not None and self.shift >= shorter:
+            raise ValueError(f"shift: {self.shift} with size {self.size}; expected less than {shorter}")
 
     @property
     def augments(self) -> bool:
@@ -76,6 +84,20 @@ class TransformConfig(Config):
         if self.size is None:
             return height, width
         return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    def too_large(self, height: int, width: int) -> str:
+        """Why an image of this size cannot be resized: a strip of a few pixels would become gigabytes; "" where it can be.
+
+        It may have MAX_ENLARGED pixels then, or four times those of the final size, or as many as before.
+        """
+        (h, w), (rows, columns) = self.scaled(height, width), self.target(height, width)
+        most = max(MAX_ENLARGED, 4 * rows * columns, height * width)
+        return f"{width}x{height} becomes {w}x{h} for the size {columns}x{rows}; at most {most} pixels" if h * w > most else ""
+
+    def check_shift(self, out: tuple[int, ...]) -> None:
+        """Raises DataError where ``shift`` moves everything out of a signal of the final lengths ``out``."""
+        if self.shift >= min(out):
+            raise DataError(f"data.transform.shift: {self.shift}; expected less than {min(out)}, the shortest axis of the signals")
 
 
 def windows(

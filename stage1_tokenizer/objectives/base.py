@@ -25,7 +25,18 @@ class Objective(nn.Module):
     type_name: ClassVar[str]
 
     def tokenizer_loss(self, out: TokenizerOutput, x: Tensor, step: int, rng: StepRng) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The loss of the tokenizer, mean over samples, and scalars to log."""
+        """The loss of the tokenizer, mean over samples, and scalars to log.
+
+        It has to reach every parameter of the tokenizer, which training checks after the first backward: through ``out.x``, through
+        ``out.loss`` (the quantiser's own terms), and through ``out.prefixes``, the reconstructions from leading levels alone, whose
+        decoders learn from nothing else. ``Reconstruction`` weighs these by ``prefix_weight``.
+
+        Args:
+            out: what ``tokenizer.forward`` gave for ``x``.
+            x: (B, C, *axes) in [-1, 1].
+            step: 0-based.
+            rng: the draws of this step for these samples.
+        """
         raise NotImplementedError
 
     def critic_loss(self, out: TokenizerOutput, x: Tensor, step: int, rng: StepRng) -> tuple[Tensor, Mapping[str, Tensor]] | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from intarsia.config import Config
 from intarsia.distributed import Comm
 from intarsia.hub import Pretrained
-from intarsia.inference import inference
+from intarsia.inference import inference, module_device, module_dtype
 from intarsia.padded import run_padded
 from intarsia.registry import Registry
 from intarsia.rng import StepRng
@@ -171,11 +171,11 @@ class Tokenizer(Pretrained, nn.Module):
         """Of the networks: quantisers stay in float32 or wider."""
         inner = {id(p) for module in self.modules() if isinstance(module, Quantizer) for p in module.parameters()}
         found = [p.dtype for p in self.parameters() if p.is_floating_point() and id(p) not in inner]
-        return found[0] if found else next(p.dtype for p in self.parameters() if p.is_floating_point())
+        return found[0] if found else module_dtype(self)
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        return module_device(self)
 
 
 def check_grids(codes: Sequence[Tensor], levels: Sequence[LevelSpec]) -> None:

@@ -29,6 +29,26 @@ class VQVAEConfig(TokenizerConfig):
     by_depth: Added[bool] = False
     """The decoder is told from how many maps it decodes, for quantisers that decode from the leading ones (residual with dropout):
     its normalised channels are scaled and shifted for each count."""
+    prefix_decoders: Added[tuple[int, ...]] = ()
+    """Counts of leading maps, of those that such a quantiser decodes from, that have a decoder of their own. It learns from every training
+    sample, weighed by `objective.prefix_weight`, and leaves the codes as they are."""
+
+    def model_post_init(self, context: Any) -> None:
+        if list(self.prefix_decoders) != sorted(set(self.prefix_decoders)):
+            raise ValueError(f"prefix_decoders: {self.prefix_decoders}; expected different counts of maps that rise")
+
+
+class PrefixDecoder(nn.Module):
+    """A decoder like the tokenizer's: latents (B, D, *grid) to signals (B, C, *axes)."""
+
+    def __init__(self, config: NetConfig, signal: SignalSpec, dim: int) -> None:
+        super().__init__()
+        self.net = NETS.build(config, signal)
+        self.net.encoder = nn.Identity()  # all that encodes
+        self.from_codes = CONV[len(signal.shape)](dim, self.net.width, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.net.decode(self.from_codes(z.contiguous()))
 
 
 @TOKENIZERS.register("vqvae", VQVAEConfig)
@@ -48,9 +68,16 @@ class VQVAE(Tokenizer):
                 made = f"this {config.quantizer.type_name} quantizer decodes from all of its maps alone"
                 raise ValueError(f"tokenizer.by_depth: true, but {made}; expected one with quantiser dropout")
             self.net.tell(len(self.prefixes()))
+        if wrong := sorted(set(config.prefix_decoders) - set(self.prefixes()[:-1])):
+            counts = ", ".join(map(str, self.prefixes()[:-1])) or "none"
+            made = f"this {config.quantizer.type_name} quantizer decodes from these counts of leading maps: {counts}"
+            raise ValueError(f"tokenizer.prefix_decoders: {wrong[0]}, but {made}")
         conv = CONV[len(signal.shape)]
         self.to_codes = conv(self.net.width, self.quantizer.dim, 1)
         self.from_codes = conv(self.quantizer.dim, self.net.width, 3, padding=1)
+        self.prefix_decoders = nn.ModuleDict(
+            {str(count): PrefixDecoder(config.net, signal, self.quantizer.dim) for count in config.prefix_decoders}
+        )
         self.stride = self.net.stride
         self.halo = None if self.net.halo is None else self.net.halo + 1
 
@@ -85,7 +112,10 @@ class VQVAE(Tokenizer):
         return z if z.dtype == torch.float64 else z.float()
 
     def _reconstruct(self, z_q: Tensor, maps: int, depth: Tensor | None = None) -> Tensor:
-        """``depth`` (B,): of how many stages each sample's z_q is made, where it is not of all ``maps``."""
+        """``depth`` (B,): of how many stages each sample's z_q is made, where it is not of all ``maps``; the main decoder takes it then."""
+        if depth is None and str(maps) in self.prefix_decoders:
+            decoded: Tensor = self.prefix_decoders[str(maps)](z_q)
+            return decoded
         # quantisers give channels last, in which torch's group norm is slow on a CPU
         features = self.from_codes(z_q.contiguous())
         if not self.config.by_depth:
@@ -97,7 +127,10 @@ class VQVAE(Tokenizer):
         if cond is not None:
             raise ValueError("cond: VQVAE has no use for a condition")
         q = self.quantizer(self.latents(x), rng)
-        return TokenizerOutput(self._reconstruct(q.z, len(q.codes), q.depth), q.codes, q.loss, q.stats, likely=q.likely)
+        x_hat = self._reconstruct(q.z, len(q.codes), q.depth)
+        leading = ((count, self.quantizer.decode(q.codes[:count]).detach()) for count in self.config.prefix_decoders)
+        prefixes = tuple((count, self._reconstruct(z, count)) for count, z in leading)
+        return TokenizerOutput(x_hat, q.codes, q.loss, q.stats, prefixes, q.likely)
 
     @torch.no_grad()
     def initialize(self, batches: Iterable[Tensor], rng: StepRng, comm: Comm) -> None:

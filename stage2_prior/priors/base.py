@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from intarsia.config import Config, ConfigError
 from intarsia.hub import Pretrained
-from intarsia.inference import inference
+from intarsia.inference import inference, module_device, module_dtype
 from intarsia.padded import run_padded
 from intarsia.registry import Registry
 from intarsia.rng import StepRng
@@ -103,11 +103,11 @@ class Prior(Pretrained, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+        return module_dtype(self)
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        return module_device(self)
 
     # Training and likelihood -----------------------------------------------------------------------------------
     def loss(self, codes: Sequence[Tensor], cond: Cond | None = None, rng: StepRng | None = None) -> tuple[Tensor, Stats]:

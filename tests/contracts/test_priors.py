@@ -16,6 +16,7 @@ from intarsia.config import ConfigError
 from intarsia.meta import build_on_meta
 from intarsia.rng import StepRng
 from intarsia.specs import Cond
+from intarsia.stepping import check_gradients
 from stage2_prior import decoding
 from stage2_prior.priors import autoregressive as autoregressive_priors
 from stage2_prior.priors.autoregressive import AutoregressivePrior
@@ -54,6 +55,15 @@ def test_no_position_sees_itself_or_its_future(case: Case) -> None:
         assert torch.equal(seen, expected)
     else:  # what a stack of this depth reaches; test_priors_pixelcnn.py shows that there is no blind spot within it
         assert seen.sum() > length
+
+
+@every_case
+@pytest.mark.parametrize("cond_dropout", [0.0, 0.1, 1.0])
+def test_every_parameter_gets_a_gradient_from_one_sample(case: Case, cond_dropout: float) -> None:
+    prior = replace(case, config={**case.config, "cond_dropout": cond_dropout}).build().train()
+    loss, _ = prior(case.codes(1), case.cond(1) if prior.conditional else None, StepRng(0, 0, torch.zeros(1, dtype=torch.int64)))
+    loss.backward()
+    check_gradients(prior)
 
 
 @every_case

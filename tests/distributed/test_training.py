@@ -6,10 +6,11 @@ import os
 import signal
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from intarsia.checkpoint import checkpoints
-from intarsia.cli import RunError
+from intarsia.cli import RunError, UserError
 from intarsia.order import Order
 from intarsia.run import Run
 from stage1_tokenizer.data.arrays import ArraySplit
@@ -205,6 +206,25 @@ def test_f1_a_gradient_that_is_not_finite_is_traced_to_its_rank_and_skipped_wher
     config = tiny(tmp_path / "b", steps=12, max_bad_steps=1)
     assert each(ranks, config, before) == [None, None]
     assert Left.of(tmp_path / "b").tensors["optimizer/to_codes.weight/step"] == 11
+
+
+def test_a_parameter_without_a_gradient_is_named_by_both_ranks_before_their_second_step(ranks, tmp_path):
+    def work(rank):
+        os.environ["LOCAL_WORLD_SIZE"] = "2"
+        with pytest.MonkeyPatch.context() as patch:
+            build = TOKENIZERS.build
+
+            def spare(config, signal):
+                tokenizer = build(config, signal)
+                tokenizer.spare = torch.nn.Linear(2, 2)
+                return tokenizer
+
+            patch.setattr(TOKENIZERS, "build", spare)
+            with pytest.raises(UserError, match="^parameters spare.weight, spare.bias get no gradient: "):
+                run_training(tiny(tmp_path / "run", steps=4))
+
+    ranks(work, timeout=120.0)
+    assert checkpoints(tmp_path / "run" / "checkpoints") == []
 
 
 def test_what_fails_on_rank_0_alone_fails_on_both(ranks, tmp_path):

@@ -69,7 +69,17 @@ def test_c1_two_processes_equal_one_in_float32_over_20_steps(ranks, tmp_path):
 
 TOKENIZER_CASES = {
     "vq": TOKENIZER,
-    "residual": TOKENIZER.replace(quantizer=ResidualConfig(stages=3, dropout=0.5, inner=VQConfig(codes=12, dim=4, decay=0.9, restart=0.3))),
+    "residual": TOKENIZER.replace(
+        quantizer=ResidualConfig(
+            stages=3,
+            dropout=0.5,
+            depth_weights=(0, 1, 1),
+            shallow_gradient=0.3,
+            inner=VQConfig(codes=12, dim=4, decay=0.9, restart=0.3),
+        ),
+        by_depth=True,
+        prefix_decoders=(1,),
+    ),
     "product": TOKENIZER.replace(quantizer=ProductConfig(groups=2, inner=VQConfig(codes=12, dim=2, decay=0.9, restart=0.3))),
     "hierarchy": HIERARCHY,
 }

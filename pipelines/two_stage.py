@@ -152,8 +152,7 @@ class TwoStagePipeline(Completions):
     ) -> None:
         """Writes ``pipeline.json``, ``tokenizer/``, ``priors/0/``, ... and a model card; a pipeline that was there is replaced.
 
-        The folder is new or empty, or holds a pipeline. Hidden files (``.git``), logs, LICENSE and a README.md, which the model card
-        replaces, do not count; other files stay where a pipeline is.
+        A pipeline that the folder holds is replaced; other files stay.
 
         Args:
             samples: draws so many for a picture on the model card (of images only).
@@ -161,7 +160,7 @@ class TwoStagePipeline(Completions):
             license: for the model card; left out where None.
 
         Raises:
-            FileExistsError: a folder of other things, such as images.
+            FileExistsError: for a file, a data set of images, and a folder that holds one of the names to be written, but no pipeline.
         """
         write_pipeline(self, Path(folder), samples=samples, metrics=metrics, license=license)
 

@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 
 from intarsia.config import ConfigError, Place
+from intarsia.files import IMAGES
 from stage1_tokenizer.data.base import SOURCES, DataError
 from stage1_tokenizer.data.decoded import FileItems
 from stage1_tokenizer.data.preflight import DecodedConfig, DecodedSource, Part
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif", ".jp2")
 SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
 
 
@@ -131,13 +131,13 @@ def list_images(root: str, layout: str, outside: list[str]) -> tuple[list[str], 
     entries = _entries(root)
     folders = [e.name for e in entries if _is_folder(e)]
     files = [e.name for e in entries if not _is_folder(e)]
-    loose = [name for name in files if name.lower().endswith(SUFFIXES)]
+    loose = [name for name in files if name.lower().endswith(IMAGES)]
     if layout == "auto" and folders and loose:
         raise DataError(f"data.root: {root!r} holds images ({loose[0]!r}) beside folders ({folders[0]!r}); set layout to flat or classes")
     if layout == "flat" or (layout == "auto" and not folders):
         names = list(_walk(root, "", (), outside))
         if not names:
-            raise DataError(f"data.root: {root!r} holds no images ({', '.join(SUFFIXES)})")
+            raise DataError(f"data.root: {root!r} holds no images ({', '.join(IMAGES)})")
         return names, None
     if not folders:
         raise DataError(f"data.root: {root!r} holds no class folders; set layout to flat for unlabelled images")
@@ -175,7 +175,7 @@ def _walk(root: str, below: str, above: tuple[tuple[int, int], ...], outside: li
         name = f"{below}/{entry.name}" if below else entry.name
         if _is_folder(entry):
             yield from _walk(root, name, (*above, here), outside)
-        elif entry.name.lower().endswith(SUFFIXES):
+        elif entry.name.lower().endswith(IMAGES):
             yield name
         else:
             outside.append(os.path.join(root, name))

@@ -7,6 +7,7 @@
 * peer: vector-quantize-pytorch with the same settings, without restarts (and without its rotation trick, which ours has off too);
 * the floor: ``z @ E.T``, written to a fresh N x K matrix.
 
+Each size has a process of its own: whether memory is fresh depends on what an allocator has kept of the sizes before.
 Latents are the output of a network, (8, D, 32, 32) in channels-last layout, and the loss is that of a decoder plus the quantiser's own.
 """
 
@@ -15,6 +16,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -140,13 +143,18 @@ def speed(codes: int, dim: int, device: str, repeats: int) -> list[Row]:
 
 
 def memory() -> list[Row]:
-    """MB by which the peak resident memory of a fresh process grows in two training steps over latents that it holds already."""
-    import subprocess
-
-    run = [sys.executable, "-c", f"from benchmarks.quantizer import grown; print(grown(**{LARGE!r}))"]
-    done = subprocess.run(run, check=True, capture_output=True, text=True)
+    """MB by which the peak resident memory grows in two training steps over latents that the process holds already."""
     case = "peak extra memory, N={n}, K={codes}, D={dim}".format(**LARGE)
-    return [row("quantizer", case, [float(done.stdout.split()[-1])], "MB")]
+    return [row("quantizer", case, [grown(**LARGE)], "MB")]
+
+
+def measured(case: str, device: str, repeats: int) -> list[Row]:
+    """One case: a size such as 512x64, or "memory"."""
+    pin()
+    if case == "memory":
+        return memory()
+    codes, dim = (int(word) for word in case.split("x"))
+    return speed(codes, dim, device, repeats)
 
 
 def grown(n: int, codes: int, dim: int) -> float:
@@ -190,17 +198,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=REPEATS)
     given = parser.parse_args()
-    pin()
     cases = given.cases or [f"{k}x{d}" for k, d in SIZES] + ["memory"]
     found: list[Row] = []
     for case in cases:
-        if case == "memory":
-            rows = memory()
-        else:
-            codes, dim = (int(word) for word in case.split("x"))
-            rows = speed(codes, dim, given.device, given.repeats)
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            rows = fresh.submit(measured, case, given.device, given.repeats).result()
         show(rows, sys.stderr)
         found += rows
+    pin()  # what the report says of the machine is what was measured on
     report("quantizer", found, "vector-quantize-pytorch")
 
 

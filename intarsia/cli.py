@@ -191,8 +191,9 @@ def _show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail again
 
 
-_REPORTED = {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC}
-_REPORTED |= {errno.ENAMETOOLONG, errno.ELOOP}  # of an OSError; any other has its traceback
+_REPORTED = {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REPORTED |= {errno.ENAMETOOLONG, errno.ELOOP} | _FULL  # of an OSError; any other has its traceback
 
 
 class UserError(Exception):
@@ -231,7 +232,8 @@ def _report(main: Callable[[], Any]) -> None:
             print(f"error: {line}{place}", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        raise SystemExit(3 if isinstance(error, RunError) else 2) from None
+        full = isinstance(error, OSError) and error.errno in _FULL
+        raise SystemExit(3 if full or isinstance(error, RunError) else 2) from None
 
 
 def _leave(code: int) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from intarsia.codes_format import CodesError, Manifest, read_manifest, read_shard, shard_ranges
+from intarsia.codes_format import read_shard
+from intarsia.codes_manifest import CodesError, Manifest, read_manifest, shard_ranges
 from intarsia.codes_plan import SplitPlan
 from intarsia.codes_writer import CodesWriter
 from intarsia.distributed import Comm
@@ -101,6 +102,11 @@ class CodesDataset:
         with ThreadPoolExecutor(2) as pool:  # hashing and parsing release the interpreter
             for shard, rows in zip(ranges, pool.map(load, range(len(ranges))), strict=True):
                 part = slice(shard.start, shard.stop)
+                index, view = shard.rows(entry.samples)
+                if (wrong := (rows.index != index) | (rows.view != view)).any():
+                    r = int(wrong.argmax())
+                    found = f"sample {rows.index[r]} of view {rows.view[r]}; expected {index[r]} of view {view[r]}"
+                    raise CodesError(f"{self.folder / shard.file}: row {r} is {found}")
                 if not self.codes:
                     self.codes = [np.empty((n, level.positions), c.dtype) for level, c in zip(levels, rows.codes, strict=True)]
                 for whole, c in zip(self.codes, rows.codes, strict=True):

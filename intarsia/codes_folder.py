@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from intarsia.codes_format import MANIFEST, CodesError, read_manifest
+from intarsia.codes_manifest import MANIFEST, CodesError, read_manifest
 from intarsia.codes_plan import first_difference, plan_of
 from intarsia.files import read_json, writable_folder
 

@@ -1,8 +1,7 @@
-"""The format ``codes/1``: what ``codes.json`` says, how a shard is laid out, and how one is read without trust.
+"""The format ``codes/1``: how a shard is laid out, and how one is read without trust.
 
-A folder holds ``<split>/00000.parquet`` and so on, and ``codes.json``, which is written last: without it a dump is
-incomplete. Row r of a split with n samples is sample ``r % n`` of view ``r // n``; shard s holds the rows from
-``s * shard_rows``. Columns: ``codes_0``, ``codes_1``, ... (fixed-length lists, row-major, of the smallest unsigned type
+A folder holds ``<split>/00000.parquet`` and so on, and ``codes.json`` (``codes_manifest``). Row r of a split with n samples is sample
+``r % n`` of view ``r // n``. Columns: ``codes_0``, ``codes_1``, ... (fixed-length lists, row-major, of the smallest unsigned type
 that holds vocab - 1), ``index``, ``view``, and ``label`` and ``caption`` where the split has them.
 """
 
@@ -17,132 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from intarsia.config import Config, ConfigError
-from intarsia.files import read_json
-from intarsia.specs import CodesSpec, LevelSpec, SignalSpec
+from intarsia.codes_manifest import MANIFEST, CodesError, ShardEntry, SplitEntry
+from intarsia.specs import LevelSpec
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
-
-FORMAT = "codes/1"
-MANIFEST = "codes.json"
-
-
-class CodesError(ValueError):
-    """A set of codes is incomplete, damaged or of another tokenizer; one line that names the file and both values."""
-
-
-class LevelEntry(Config):
-    """One map of codes (LevelSpec)."""
-
-    name: str
-    vocab: int
-    shape: tuple[int, ...]
-    factors: tuple[int, ...]
-
-
-class SignalEntry(Config):
-    """The geometry of the signals (SignalSpec)."""
-
-    kind: str
-    channels: int
-    shape: tuple[int, ...]
-    rate: float | None
-
-
-class TokenizerEntry(Config):
-    """Who made the codes."""
-
-    type: str
-    fingerprint: str
-
-
-class ClassEntry(Config):
-    """A class and the number of its samples in the training split (views not counted)."""
-
-    name: str
-    count: int
-
-
-class ShardEntry(Config):
-    """A file of the set."""
-
-    file: str
-    rows: int
-    sha256: str
-
-
-class SplitEntry(Config):
-    """A split: ``samples * views`` rows; for each level the number of codes that occur and their perplexity."""
-
-    name: str
-    samples: int
-    views: int
-    labelled: bool
-    captioned: bool
-    usage: tuple[int, ...]
-    perplexity: tuple[float, ...]
-    shards: tuple[ShardEntry, ...]
-
-
-class Manifest(Config):
-    """``codes.json``."""
-
-    format: str
-    levels: tuple[LevelEntry, ...]
-    signal: SignalEntry
-    tokenizer: TokenizerEntry
-    classes: tuple[ClassEntry, ...]
-    data: dict[str, Any]
-    shard_rows: int
-    splits: tuple[SplitEntry, ...]
-    text: None
-
-    @property
-    def level_specs(self) -> tuple[LevelSpec, ...]:
-        return tuple(LevelSpec.from_dict(level.to_dict()) for level in self.levels)
-
-    @property
-    def spec(self) -> CodesSpec:
-        """What a prior is told."""
-        names, counts = tuple(c.name for c in self.classes), tuple(c.count for c in self.classes)
-        return CodesSpec(self.level_specs, self.tokenizer.fingerprint, names, counts)
-
-    @property
-    def signal_spec(self) -> SignalSpec:
-        return SignalSpec.from_dict(self.signal.to_dict())
-
-    def split(self, name: str) -> SplitEntry:
-        """Raises CodesError with the known names."""
-        for entry in self.splits:
-            if entry.name == name:
-                return entry
-        raise CodesError(f"split: {name!r} is none of {', '.join(s.name for s in self.splits)}")
-
-
-@dataclass(frozen=True)
-class ShardRange:
-    """Shard ``number`` of a split: the rows [start, stop)."""
-
-    split: str
-    number: int
-    start: int
-    stop: int
-
-    @property
-    def file(self) -> str:
-        return f"{self.split}/{self.number:05d}.parquet"
-
-    def rows(self, samples: int) -> tuple[np.ndarray, np.ndarray]:
-        """(index, view) of its rows, each int64."""
-        rows = np.arange(self.start, self.stop)
-        return rows % samples, rows // samples
-
-
-def shard_ranges(split: str, rows: int, shard_rows: int) -> list[ShardRange]:
-    """The shards of a split, in order."""
-    return [ShardRange(split, i, start, min(start + shard_rows, rows)) for i, start in enumerate(range(0, rows, shard_rows))]
 
 
 @dataclass(frozen=True)
@@ -159,39 +38,6 @@ class ShardRows:
 def code_dtype(vocab: int) -> np.dtype[Any]:
     """The smallest unsigned type that holds ``vocab - 1``."""
     return np.min_scalar_type(vocab - 1)
-
-
-def read_manifest(folder: str | Path) -> Manifest:
-    """The checked ``codes.json``. Raises CodesError: missing (an incomplete dump), damaged, of a newer format."""
-    folder = Path(folder)
-    path = folder / MANIFEST
-    if not folder.is_dir():
-        raise CodesError(f"codes: {str(folder)!r} is no folder")
-    if not path.is_file() and not ((folder / ".dump").is_dir() or any(folder.glob("*/*.parquet"))):
-        raise CodesError(f"codes: {str(folder)!r} is no dump of codes: it holds neither {MANIFEST} nor shards")
-    if not path.is_file():
-        raise CodesError(f"{path}: is missing: the dump of codes is incomplete; run the same encode command again to complete it")
-    tree = read_json(path, CodesError)
-    found = tree.get("format") if isinstance(tree, dict) else None
-    if found != FORMAT:
-        raise CodesError(f"{path}: format {found!r}; this version of intarsia reads {FORMAT!r}")
-    try:
-        manifest = Manifest.from_dict(tree)
-        _ = (manifest.spec, manifest.signal_spec)
-    except ConfigError as error:
-        raise CodesError("; ".join(f"{path}: {line}" for line in error.errors)) from None
-    except ValueError as error:
-        raise CodesError(f"{path}: {error}") from None
-    if manifest.shard_rows < 1:
-        raise CodesError(f"{path}: shard_rows {manifest.shard_rows} must be positive")
-    for split in manifest.splits:
-        expected = [(s.file, s.stop - s.start) for s in shard_ranges(split.name, split.samples * split.views, manifest.shard_rows)]
-        if [(s.file, s.rows) for s in split.shards] != expected:
-            raise CodesError(
-                f"{path}: split {split.name!r} lists {len(split.shards)} shards of {sum(s.rows for s in split.shards)} rows; "
-                f"expected {len(expected)} of {split.samples * split.views}"
-            )
-    return manifest
 
 
 def write_table(rows: ShardRows, levels: Sequence[LevelSpec]) -> bytes:

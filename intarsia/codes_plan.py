@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from intarsia.codes_format import FORMAT, CodesError, Manifest
+from intarsia.codes_manifest import FORMAT, CodesError, Manifest
 from intarsia.files import json_bytes
 from intarsia.specs import LevelSpec, SignalSpec, to_plain
 

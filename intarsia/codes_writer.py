@@ -14,19 +14,8 @@ import torch
 from torch import Tensor
 
 from intarsia.codes_folder import FACTS, PLAN, WORK, clear, goes_on, is_complete
-from intarsia.codes_format import (
-    MANIFEST,
-    CodesError,
-    Manifest,
-    ShardEntry,
-    ShardRange,
-    ShardRows,
-    SplitEntry,
-    read_manifest,
-    read_shard,
-    shard_ranges,
-    write_table,
-)
+from intarsia.codes_format import ShardRows, read_shard, write_table
+from intarsia.codes_manifest import MANIFEST, CodesError, Manifest, ShardEntry, ShardRange, SplitEntry, read_manifest, shard_ranges
 from intarsia.codes_plan import SplitPlan, plan_tree
 from intarsia.distributed import Comm, comm
 from intarsia.files import json_bytes, read_json, write_atomic

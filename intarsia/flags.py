@@ -96,7 +96,8 @@ def apply_flags(cls: type[Config], tree: dict[str, Any], flags: Sequence[tuple[s
         if isinstance(at.node, list):
             at.node[at.item(last)] = _value(text, None, path)
         elif isinstance(at.node, dict):
-            if last == "type" and at.node.get("type", text) != text:
+            usual = at.default.get("type", text) if isinstance(at.default, dict) else text
+            if last == "type" and at.node.get("type", usual) != text:
                 at.node.clear()
             value = text if last == "type" else _value(text, at.child(last)[0], path)
             if path in parts:

@@ -96,9 +96,12 @@ class Pretrained:
 
         Raises:
             FileExistsError: for a data set of images.
-            HubError: where the module is not what its configuration builds, and would not load.
+            HubError: where the module is not what its configuration builds, and would not load; for the folder of a run, which loads
+                as its ``model/``.
         """
         folder = Path(folder)
+        if (folder / "model" / CONFIG).is_file():
+            raise HubError(f"{folder} is the folder of a run, which loads as its model/; expected another folder")
         if found := foreign(folder, (CONFIG, WEIGHTS)):
             raise FileExistsError(f"{folder}: {found}")
         tensors = module_tensors(self._module())
@@ -120,6 +123,13 @@ class Pretrained:
 
     def _check_rebuilds(self, tensors: Mapping[str, Tensor]) -> torch.dtype:
         """The dtype to which the freshly built module has to be cast to become this one."""
+        known = self.registry.get(self.type_name)
+        if known is not type(self):
+            why = f"the type {self.type_name!r} is {known.__qualname__}, which it would load as; register the class under a name of its own"
+            raise HubError(f"{type(self).__qualname__}: {why}")
+        if self.config.type_name != self.type_name:
+            why = f"its configuration is of the type {self.config.type_name!r}; expected that of {self.type_name!r}"
+            raise HubError(f"{type(self).__qualname__}: {why}")
         spec = self._spec_from_dict(self._spec_dict())
         kinds = {t.dtype for t in tensors.values() if t.is_floating_point()} or {torch.float32}
         problem: TensorFileError | None = None

@@ -65,9 +65,15 @@ def build_on_meta(cls: type[Any], config: Any, spec: Any, dtype: torch.dtype = t
 
     Raises:
         BudgetError: where its parameters and buffers take more than ``max_bytes``.
+        ValueError: for a size that no tensor can have.
     """
-    with budget(max_bytes), torch.device("meta"), _NoInitialisation():
-        module: nn.Module = cls(config, spec)
+    try:
+        with budget(max_bytes), torch.device("meta"), _NoInitialisation():
+            module: nn.Module = cls(config, spec)
+    except (TypeError, RuntimeError) as error:
+        if "overflow" not in str(error).lower():
+            raise
+        raise ValueError(f"{cls.__name__}: the configuration has a size that no tensor can have: {str(error).splitlines()[0]}") from None
     module = module.to(dtype)
     total = sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
     if max_bytes is not None and total > max_bytes:

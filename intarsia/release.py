@@ -12,7 +12,9 @@ from intarsia.files import fsync_path
 
 
 def replace_folder(path: Path, fill: Callable[[Path], Any]) -> None:
-    """Has ``fill`` write a temporary folder beside ``path`` and renames it into place. Raises OSError; then ``path`` is as it was."""
+    """Has ``fill`` write a temporary folder beside ``path``, or where it links to, and renames it into place. Raises OSError; then ``path``
+    is as it was."""
+    path = path.resolve()
     new, old = path.with_name(f".tmp-new-{path.name}"), path.with_name(f".tmp-old-{path.name}")
     restore_folder(path)
     new.mkdir(parents=True)
@@ -33,6 +35,7 @@ def replace_folder(path: Path, fill: Callable[[Path], Any]) -> None:
 
 def restore_folder(path: Path) -> None:
     """After a crash: puts back the old folder where the new one had not arrived, and removes what was temporary."""
+    path = path.resolve()
     new, old = path.with_name(f".tmp-new-{path.name}"), path.with_name(f".tmp-old-{path.name}")
     if old.exists() and not path.exists():
         os.rename(old, path)

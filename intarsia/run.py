@@ -103,6 +103,7 @@ class Run(RunFolder):
         Raises:
             CheckpointError: where the one of --resume is damaged. RunError: where there are some and none is whole.
             ConfigError: where it is of another configuration. ValueError: where it does not fit the module.
+            UserError: where there is none, and a finished run left its release here.
         """
         self._state.extra = dict(extra or {})
         path = Path(self.flags.resume) if self.flags.resume else self._newest()
@@ -113,8 +114,11 @@ class Run(RunFolder):
             for name, now in self._circumstances().items():
                 if meta[name] != now:
                     self.say(f"{name} was {meta[name]} and is {now}: the run goes on, but not with the bits of an unbroken one")
-        with on_main("metrics.jsonl", comm, self.device):
+        else:
+            self._check_unfinished()
+        with on_main("config.yaml and metrics.jsonl", comm, self.device):
             if self.is_main:
+                self._keep_config()
                 self._journal.metrics.cut(self.step)
         return path is not None
 
@@ -147,7 +151,8 @@ class Run(RunFolder):
                 if signal := self._stepper.stop:
                     if not self._checkpoint_due(step):
                         self._save(self.step)
-                    self.say(f"stopped by signal {signal} after step {self.step}; the same command goes on from there")
+                    command = "the same command without --resume" if self.flags.resume else "the same command"
+                    self.say(f"stopped by signal {signal} after step {self.step}; {command} goes on from there")
                     self.close()
                     raise SystemExit(128 + signal)
         self._in_loop = False
@@ -262,11 +267,14 @@ class Run(RunFolder):
                 self._journal.metrics.flush_to_disk()
                 save_checkpoint(self.checkpoints, done, state, meta, self.config.log.keep)
 
+    def release(self, save: Save) -> None:
+        """Has ``save(folder)`` write what ``model/`` holds from now on, whole or not at all: a new best."""
+        self._release(save, {"step": self.step + 1, "release": "best", "finished": False})
+
     def finish(self, save: Save) -> None:
         """The end of the run: the release of the last step, unless a better one is kept (``log.release``); curves.png, where pictures are
         on."""
-        if self.config.log.release == "last" or self._journal.best is None or not (self.folder / "model").exists():
-            self.release(save)
+        self._release_last(save, self.step, unless_best=self.config.log.release == "best" and self._journal.best is not None)
         if self.config.log.pictures_every:
             with on_main("curves.png", comm, self.device):
                 if self.is_main:

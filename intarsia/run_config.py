@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from intarsia.config import Added, Budget, Config, Place, Seed
 
+LONGEST, MOST_THREADS = 1e8, 1024  # seconds (three years), threads: more are refused by the system, in its own words
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -65,7 +66,7 @@ class RunConfig(Config):
     """Root of all randomness."""
     steps: Budget[Positive] = 10_000
     """Optimizer steps in all; the schedule reads it. May grow when resuming."""
-    batch_size: Positive = 64
+    batch_size: Annotated[int, Field(ge=1, le=1 << 24)] = 64
     """Samples per optimizer step, over all processes and micro-batches."""
     accumulate: Positive = 1
     """Micro-batches per process and step."""
@@ -73,7 +74,7 @@ class RunConfig(Config):
     """auto: bf16 where the processor computes in it (CUDA; AVX512_BF16 or AMX), elsewhere fp32. fp16: CUDA only."""
     device: Place[Literal["auto", "cpu", "cuda"]] = "auto"
     """auto: CUDA where there is one."""
-    workers: Place[NotNegative] = 1
+    workers: Place[Annotated[int, Field(ge=0, le=MOST_THREADS)]] = 1
     """Threads that prepare batches ahead, where data are not in memory; 0 = none. The result does not depend on it."""
     init: str | None = None
     """Start from this release: a folder, a run's model/, or a Hub id (user/name, user/name@revision, user/name//subfolder)."""
@@ -82,7 +83,7 @@ class RunConfig(Config):
     deterministic: Place[bool] = True
     """On CUDA: deterministic kernels, so that the same command gives the same bits. An operation that has none warns: among them is
     the backward pass of torch's fused attention, which priors of transformers and PixelCNN's attention use."""
-    timeout: Place[Annotated[float, Field(gt=0)]] = 300.0
+    timeout: Place[Annotated[float, Field(gt=0, le=LONGEST)]] = 300.0
     """Seconds after which a process that waits for another, or for a batch, gives up."""
     optim: OptimConfig = OptimConfig()
     """Optimizer and schedule."""

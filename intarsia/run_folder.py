@@ -15,15 +15,17 @@ from intarsia.checkpoint import MANIFEST, newest_valid
 from intarsia.cli import Flags, UserError
 from intarsia.distributed import comm
 from intarsia.files import RUN_FILES, json_bytes, read_json, writable_folder, write_atomic
+from intarsia.hub_files import check_source
 from intarsia.journal import Journal
 from intarsia.lock import RunLock
 from intarsia.release import replace_folder, restore_folder
 from intarsia.run_config import RunConfig
-from intarsia.run_state import compare_with_folder
+from intarsia.run_state import compare_with_folder, has_results
 from intarsia.stepping import state_bytes
 from intarsia.together import on_main
 
 Save = Callable[[Path], Any]
+RELEASED = "release.json"  # in the run folder: of which step model/ is
 
 
 def run_path(text: str, *, make: bool = True, own: Sequence[str] = RUN_FILES) -> Path:
@@ -42,10 +44,13 @@ def run_path(text: str, *, make: bool = True, own: Sequence[str] = RUN_FILES) ->
     return writable_folder(folder, "run", UserError, make=make, own=own)
 
 
-def check_resume(flags: Flags) -> None:
-    """Raises UserError where ``--resume`` names no checkpoint."""
+def check_start(config: RunConfig, flags: Flags) -> None:
+    """Raises UserError where ``--resume`` names no checkpoint, HubError where ``init`` can be no release."""
     if flags.resume is not None and not (Path(flags.resume) / MANIFEST).is_file():
-        raise UserError(f"resume: {flags.resume!r} holds no {MANIFEST}; expected a checkpoint, such as RUN/checkpoints/step-00000100")
+        expected = "expected a checkpoint, such as RUN/checkpoints/step-00000100; without the flag a run goes on from its newest"
+        raise UserError(f"resume: {flags.resume!r} holds no {MANIFEST}; {expected}")
+    if config.init is not None:
+        check_source("init", config.init)
 
 
 class RunFolder:
@@ -65,7 +70,7 @@ class RunFolder:
 
     def __init__(self, config: RunConfig, flags: Flags | None = None, *, kind: str) -> None:
         self.config, self.flags, self.kind, self.comm = config, flags or Flags(), kind, comm
-        check_resume(self.flags)
+        check_start(config, self.flags)
         self.folder = run_path(config.run)
         self.checkpoints = self.folder / "checkpoints"
         device = machine.pick_device(config)
@@ -88,12 +93,16 @@ class RunFolder:
             comm.barrier()  # every rank has compared its configuration with the old file
             with on_main("config.yaml", comm, self.device):
                 if self.is_main:
-                    write_atomic(self.folder / "config.yaml", config.to_yaml().encode())
                     restore_folder(self.folder / "model")
+                    if not has_results(self.folder):  # else a command that is refused yet would change what its data are said to be
+                        self._keep_config()
             self._journal = Journal(self.folder, config, comm, self.device)
         except BaseException:
             self._unlock()
             raise
+
+    def _keep_config(self) -> None:
+        write_atomic(self.folder / "config.yaml", self.config.to_yaml().encode())
 
     def begun_on(self, name: str, facts: dict[str, Any]) -> dict[str, Any]:
         """What the run in this folder was begun on, as its file ``name`` says; where it begins now, ``facts``, which rank 0 writes there.
@@ -102,8 +111,7 @@ class RunFolder:
         Raises UserError for a file that cannot be read.
         """
         path = self.folder / name
-        kept = any(self.checkpoints.glob("step-*")) or (self.folder / "model").exists()
-        begun = read_json(path, UserError) if kept and path.is_file() else None
+        begun = read_json(path, UserError) if has_results(self.folder) and path.is_file() else None
         comm.barrier()  # every rank has looked
         with on_main(name, comm, self.device):
             if self.is_main and begun is None:
@@ -139,12 +147,42 @@ class RunFolder:
         if self.is_main:
             self._journal.trackers.picture(Path(name).stem, self.folder / name, step + 1)
 
-    def release(self, save: Save) -> None:
-        """Has ``save(folder)`` write the release and puts it in place as model/, whole or not at all."""
+    def _release(self, save: Save, facts: dict[str, Any]) -> None:
+        """Has ``save(folder)`` write the release and puts it in place as model/, whole or not at all; ``facts`` go into release.json."""
         save = sharding.saver(save, getattr(save, "__self__", None), comm)
         with on_main("model/", comm, self.device):
             if self.is_main:
                 replace_folder(self.folder / "model", save)
+        self._note_release(facts)
+
+    def _release_last(self, save: Save, step: int, unless_best: bool) -> None:
+        """At the end of a run: its last step takes the place of model/, unless that is of the best step and is to stay."""
+        kept = self._released()
+        if unless_best and (self.folder / "model").exists() and kept.get("release") != "last":
+            self._note_release({"step": None, "release": "best"} | kept | {"finished": True})
+            return
+        if unless_best and kept:
+            self.say("log.release: best, but an earlier end with log.release: last replaced the best weights; model/ is of the last step")
+        self._release(save, {"step": step, "release": "last", "finished": True})
+
+    def _check_unfinished(self) -> None:
+        """Raises UserError where a finished run left its release, but nothing to go on from: a fresh start would replace it."""
+        finished = self._released().get("finished")
+        comm.barrier()  # every rank has looked
+        if finished:
+            why = f"{self.folder} holds the release of a finished run and no checkpoint to go on from"
+            raise UserError(f"run: {why}; take another folder, or remove {self.folder / 'model'} to begin anew")
+
+    def _note_release(self, facts: dict[str, Any]) -> None:
+        with on_main(RELEASED, comm, self.device):
+            if self.is_main:
+                write_atomic(self.folder / RELEASED, json_bytes(facts))
+
+    def _released(self) -> dict[str, Any]:
+        """What release.json says; nothing for a run of an older version, or where there is no model/."""
+        path = self.folder / RELEASED
+        found = read_json(path, UserError) if path.is_file() and (self.folder / "model").exists() else None
+        return found if isinstance(found, dict) else {}
 
     def close(self) -> None:
         """Ends trackers and frees the folder; a second call does nothing."""

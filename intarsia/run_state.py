@@ -34,10 +34,15 @@ def compare_configs(old_tree: Mapping[str, Any], new: RunConfig, where: str) -> 
         raise ConfigError([f"{path}: {b!r}, but {where} was made with {a!r}; {advice}" for path, a, b in found])
 
 
+def has_results(folder: Path) -> bool:
+    """Whether a run in this folder left a checkpoint or a release."""
+    return any(folder.glob("checkpoints/step-*")) or (folder / "model").exists()
+
+
 def compare_with_folder(folder: Path, config: RunConfig) -> None:
     """Refuses a run folder with results of another configuration; one without any is taken over."""
     path = folder / "config.yaml"
-    if path.exists() and (any(folder.glob("checkpoints/step-*")) or (folder / "model").exists()):
+    if path.exists() and has_results(folder):
         try:
             tree = yaml_io.load(path.read_text())
         except (yaml_io.YAMLError, UnicodeDecodeError) as error:

@@ -73,6 +73,11 @@ class SignalSpec:
     def from_dict(cls, tree: Mapping[str, Any]) -> SignalSpec:
         return _build(cls, "signal", tree)
 
+    @property
+    def drawable(self) -> bool:
+        """An image that a picture file holds: grey or colour."""
+        return self.kind == "image" and self.channels in (1, 3)
+
 
 @dataclass(frozen=True)
 class LevelSpec:

@@ -217,10 +217,13 @@ def main(argv: list[str] | None = None) -> None:
         return
     check_room(out, source.signal, config.n + COLUMNS * ROWS, flags.allow_low_space)
     evaluation = evaluate_pipeline(pipeline, source, model, config, out)
-    draw(evaluation, source, out)
     spent = timing(evaluation.seconds, config.n, device)
     write_atomic(out / TIMING, json_bytes(spent.to_dict()))
     write_atomic(out / FIGURES, json_bytes(finite_or_null(evaluation.tree)))
+    if source.signal.drawable:
+        draw(evaluation, source, out)
+    else:
+        print(f"no pictures: images of {source.signal.channels} channels", flush=True)
     print(table(evaluation.tree))
     print(spent)
     print(f"{out / FIGURES} written", flush=True)

@@ -225,9 +225,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     tree, pictures = measure_completions(pipeline, judge, source, config)
     write_atomic(out / "completions.json", json_bytes(finite_or_null(tree)))
-    save_strips(out / "completions.png", pictures, title=f"Completions: {config.part}")
+    if source.signal.drawable:
+        save_strips(out / "completions.png", pictures, title=f"Completions: {config.part}")
     print(table_text(tree))
-    print(f"{out}/completions.json and completions.png written")
+    print(f"{out}/completions.json{' and completions.png' if source.signal.drawable else ''} written")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from stage1_tokenizer.data.base import SOURCES, SourceConfig
 from stage1_tokenizer.doctor_page import save_page
 from stage1_tokenizer.objectives.base import OBJECTIVES, Objective, ObjectiveConfig
 from stage1_tokenizer.objectives.reconstruction import ReconstructionConfig
-from stage1_tokenizer.run_data import needed_data, with_run_data
+from stage1_tokenizer.run_data import needed_data, run_config, with_run_data
 from stage1_tokenizer.tokenizers.base import Tokenizer
 
 PROGRAM = "python -m stage1_tokenizer.doctor"
@@ -76,7 +76,7 @@ def page(checkup: Checkup) -> list[str]:
 
 def objective_of(run: Path) -> Objective:
     """The objective that a run was trained for; the default one where the folder is no run."""
-    path = (run.parent if run.name == "model" else run) / "config.yaml"
+    path = run_config(run)
     tree = load_tree(str(path)).get("objective") if path.is_file() else None
     return OBJECTIVES.build(ObjectiveConfig.from_dict(tree) if tree else ReconstructionConfig())
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from intarsia.cli import RunError, UserError, parse, run_main
 from intarsia.codes import CodesWriter, Manifest, SplitPlan
 from intarsia.codes_folder import goes_on, is_complete
-from intarsia.codes_format import ShardRange, code_dtype
+from intarsia.codes_format import code_dtype
+from intarsia.codes_manifest import ShardRange
 from intarsia.codes_plan import plan_tree
 from intarsia.config import Config, ConfigError, Place, Seed
 from intarsia.distributed import Comm, comm

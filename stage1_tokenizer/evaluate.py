@@ -124,11 +124,6 @@ def decoded_codes(tokenizer: Tokenizer, counts: list[Tensor], level: int, limit:
     return torch.cat(tiles)
 
 
-def drawable(tokenizer: Tokenizer) -> bool:
-    """Its signals are images that a picture file holds."""
-    return tokenizer.signal.kind == "image" and tokenizer.signal.channels in (1, 3)
-
-
 def _shown(split: Split, n: int) -> Tensor:
     """``n`` samples, evenly spaced over the split, so that sorted classes all occur."""
     return torch.linspace(0, len(split) - 1, min(n, len(split))).round().long().unique()
@@ -161,7 +156,7 @@ def draw_codebook(path: Path, tokenizer: Tokenizer, codes: CodeMetrics, title: s
     if len(tables) < len(codes.levels):
         return
     levels = [
-        (level.name, tables[i].cpu(), decoded_codes(tokenizer, tables, i) if drawable(tokenizer) and len(level.shape) == 2 else None)
+        (level.name, tables[i].cpu(), decoded_codes(tokenizer, tables, i) if tokenizer.signal.drawable and len(level.shape) == 2 else None)
         for i, level in enumerate(codes.levels)
     ]
     hidden = max(level.vocab for level in codes.levels) > SHOWN_CODES
@@ -247,10 +242,10 @@ def main(argv: list[str] | None = None) -> None:
     write_atomic(out / "evaluation.json", json_bytes(finite_or_null(tree)))
     if config.pictures:
         draw_codebook(out / "codebook.png", tokenizer, train_codes, title="Codebook on the train codes")
-        if drawable(tokenizer):
+        if tokenizer.signal.drawable:
             title = f"{config.split.capitalize()} images and their reconstructions"
             draw_reconstructions(out / "reconstructions.png", tokenizer, source.split(config.split), config.pictures, title)
-        if drawable(tokenizer) and len(tokenizer.level_specs()) > 1:
+        if tokenizer.signal.drawable and len(tokenizer.level_specs()) > 1:
             title = f"{config.split.capitalize()} images with another one's codes of one level"
             draw_swapped(out / "swapped.png", tokenizer, source.split(config.split), config.pictures, title)
     print(table(tree))

@@ -13,6 +13,12 @@ from stage1_tokenizer.data.base import SOURCES, Source, SourceConfig
 from stage1_tokenizer.tokenizers.base import Tokenizer
 
 
+def run_config(folder: Path) -> Path:
+    """The config.yaml of a run whose folder, or whose ``model/``, ``folder`` is; it need not be there."""
+    own = folder / "config.yaml"
+    return own if own.is_file() or folder.name != "model" else folder.parent / "config.yaml"
+
+
 def run_data(folder: Path) -> str:
     """The data of the run in ``folder``, as a flag takes it."""
     return yaml_io.dump(load_tree(str(folder / "config.yaml"))["data"])
@@ -55,7 +61,7 @@ def with_run_data(argv: list[str]) -> list[str]:
     if "data" in tree or "data" in given or not isinstance(tokenizer, str):
         return argv
     folder = Path(tokenizer).expanduser()
-    path = (folder.parent if folder.name == "model" else folder) / "config.yaml"
+    path = run_config(folder)
     data = load_tree(str(path)).get("data") if path.is_file() else None
     if not isinstance(data, dict) or given.get("data.type", data.get("type")) != data.get("type"):
         return argv

@@ -23,7 +23,7 @@ from intarsia.prefetch import Loader
 from intarsia.rng import StepRng
 from intarsia.run import Run
 from intarsia.run_config import RunConfig
-from intarsia.run_folder import check_resume, run_path
+from intarsia.run_folder import check_start, run_path
 from stage1_tokenizer import sizes
 from stage1_tokenizer.data.base import SOURCES, Source, SourceConfig
 from stage1_tokenizer.data.bundled import BundledConfig
@@ -248,7 +248,7 @@ def draw_reconstructions(run: Run, tokenizer: Tokenizer, source: Source, step: i
 
     With several levels also what leading levels alone make of them, and each image with its neighbour's codes of one level.
     """
-    if not run.is_main or source.signal.kind != "image" or source.signal.channels not in (1, 3):
+    if not run.is_main or not source.signal.drawable:
         return
     split = source.split("validation" if "validation" in source.splits else "train")
     x: Tensor = split.batch(torch.arange(min(PICTURED, len(split))))["x"].to(run.device, run.dtype)
@@ -283,7 +283,7 @@ def main() -> None:
         train(config, flags)
         return
     run_path(config.run, make=False)
-    check_resume(flags)
+    check_start(config, flags)
     source = SOURCES.build(config.data)
     check_fit(config, source)
     lines: list[str] = [*check(source), *describe(config, source)] if flags.check else list(describe(config, source))

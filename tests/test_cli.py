@@ -114,6 +114,16 @@ def test_another_type_by_flag_starts_from_that_types_defaults(config_file):
     assert job("--tool.grip.type", "kit", "--tool.grip.sizes.1", "7").tool == SawConfig(teeth=33, grip=KitConfig(sizes=(1, 7, 3)))
 
 
+def test_a_part_that_does_not_name_its_type_has_the_default_one(config_file):
+    """Two spellings of one configuration are changed alike by a flag."""
+    for kind in ("saw", "kit"):
+        found = [
+            parse(JobConfig, ["--config", config_file(f"run: a\ntool: {tool}"), "--tool.type", kind])[0].tool
+            for tool in ("{type: saw, teeth: 5}", "{teeth: 5}")
+        ]
+        assert found[0] == found[1] == (SawConfig(teeth=5) if kind == "saw" else KitConfig())
+
+
 def test_items_of_lists_are_set_by_number(config_file):
     path = config_file("run: a\ntool: {type: kit, tools: [{type: saw}, {type: saw, teeth: 3}], sizes: [5, 6]}")
     tool = parse(JobConfig, ["--config", path, "--tool.tools.1.teeth", "4", "--tool.sizes.0", "9", "--tool.tools.0.maker", "1"])[0].tool
@@ -321,6 +331,14 @@ def test_paths_that_no_system_takes_are_reported_in_a_line(tmp_path, capsys, mon
         assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
     with pytest.raises(OSError, match="5"):  # no mistake of the user's
         run_main(lambda: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_ends_with_3_and_a_line_whoever_writes(number, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prog"])
+    with pytest.raises(SystemExit) as stop:
+        run_main(lambda: (_ for _ in ()).throw(OSError(number, "full")))
+    assert stop.value.code == 3 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_of_several_ranks_the_first_speaks_and_the_others_only_where_the_launcher_lets_them_live(capsys, monkeypatch):

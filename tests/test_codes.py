@@ -477,6 +477,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "label dtype": (forged("label", numbers(dtype=pa.int8())), r"column 'label' is int8; expected int64"),
     "missing values": (forged("label", lambda old: pa.array([None, *old[1:]], pa.int64())), r"'label' has 1 missing values"),
     "missing column": (lambda f: forge(f, lambda t: t.drop_columns("label")), r"columns \['codes_0', .*expected .*'label'"),
+    "rows in another order": (lambda f: forge(f, lambda t: t.take([15, *range(15)])), r"00001\.parquet: row 0 is sample 31 of view 0"),
+    "no samples": (listed(samples=0, shards=[]), r"split 'train': 0 samples of 1 views; expected one or more"),
+    "fewer than none": (listed(samples=-1, shards=[]), r"split 'train': -1 samples of 1 views"),
+    "a split outside": (listed(name="../train"), r"splits: '../train' is no name"),
+    "a split twice": (lambda f: edit(f, lambda t: t["splits"].append(t["splits"][0])), r"splits: 'train' is there twice"),
+    "a class twice": (lambda f: edit(f, lambda t: t["classes"][1].update(name=t["classes"][0]["name"])), r"classes: '.*' is there twice"),
+    "usage of no level": (listed(usage=[]), r"usage of 0 levels and perplexity of 2; there are 2"),
     "no parquet": (no_parquet, r"00001\.parquet: no readable parquet file"),
     "K in the manifest": (
         lambda f: edit(f, lambda t: t["levels"][1].update(vocab=256, factors=[256])),

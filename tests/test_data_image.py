@@ -126,6 +126,15 @@ def test_a_photo_with_a_preview_beside_it_is_one_image() -> None:
     assert decode(data).shape == (3, 24, 16)
 
 
+def test_a_format_for_which_pil_runs_another_program_is_refused_whatever_the_file_is_called(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n")
+    with pytest.raises(ImageError, match="format EPS; expected one of AVIF, BMP"):
+        decode(str(path))
+    with pytest.raises(ImageError, match="format EPS"):
+        decode(Image.open(path))
+
+
 @pytest.mark.parametrize(
     ("mode", "kind"), [("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF"), ("F", "TIFF"), ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("LAB", "TIFF")]
 )

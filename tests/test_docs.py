@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from intarsia import checkpoint, hub, yaml_io
-from intarsia import codes_format as codes
+from intarsia import codes_manifest as codes
 from intarsia.cli import parse
 from intarsia.config import Config
 from pipelines import saving

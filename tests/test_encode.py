@@ -320,6 +320,9 @@ def test_the_runs_data_stand_aside_for_what_the_caller_says(run_folder: Path, tm
     assert not added("--tokenizer", run, "--data.type", "bundled") and not added("--tokenizer", run, "--data={type: bundled}")
     assert not added("--config", str(tmp_path / "d.yaml"))
     assert not added("--tokenizer", "user/name") and not added("--tokenizer", str(tmp_path))
+    (tmp_path / "model").mkdir()  # a run may be called what its release is
+    (tmp_path / "model" / "config.yaml").write_text((run_folder / "config.yaml").read_text())
+    assert added("--tokenizer", str(tmp_path / "model"))
 
 
 def test_a_prior_in_the_place_of_a_tokenizer_is_said_first(tmp_path: Path) -> None:

@@ -100,8 +100,6 @@ def test_unlabelled_codes_have_one_class_and_a_label_is_refused():
         baseline.sample(torch.arange(3), labels[:3])
     with pytest.raises(ValueError, match="none is given, but the training codes are labelled"):
         IndependentCodes(LEVELS, codes, labels, 3).sample(torch.arange(3))
-    with pytest.raises(ValueError, match="class 3 has no rows"):
-        IndependentCodes(LEVELS, codes, labels, 4).sample(torch.arange(2), torch.tensor([0, 3]))
     with pytest.raises(ValueError, match=r"level 'bottom': shape \(60, 2\); expected \(60, 2, 2\)"):
         IndependentCodes(LEVELS, [codes[0], codes[0]])
 
@@ -142,3 +140,16 @@ def test_bits_need_no_table_of_the_vocabulary_and_equal_those_of_one():
         [torch.tensor([[2**40 - 1], [7]])], torch.tensor([0, 0])
     )[0]
     assert bits[0] < 2 < 38 < bits[1]
+
+
+def test_a_class_that_training_lacks_is_drawn_by_the_frequencies_of_all():
+    codes, labels = training()
+    model = IndependentCodes(LEVELS, codes, labels, classes=5)
+    ids = torch.arange(4000)
+    unseen = model.sample(ids, torch.full((4000,), 4))
+    for level, drawn, seen in zip(LEVELS, unseen, codes, strict=True):
+        for j in range(level.positions):
+            found, wanted = (torch.bincount(c.flatten(1)[:, j], minlength=level.vocab) / len(c) for c in (drawn, seen))
+            assert torch.allclose(found, wanted, atol=0.04)
+    known = labels[ids % 60]
+    assert torch.equal(model.sample(ids, known)[0], IndependentCodes(LEVELS, codes, labels, classes=3).sample(ids, known)[0])

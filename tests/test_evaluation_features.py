@@ -93,6 +93,11 @@ def test_adapting_converts_channels_and_size_and_refuses_others():
         adapt(torch.rand(1, 4, 8, 8), SignalSpec("image", 3, (8, 8)))
 
 
+def test_images_that_cannot_be_adapted_are_refused_as_the_model_is_loaded():
+    with pytest.raises(ValueError, match="features: images of 4 channels for a model of 1; only 1 and 3 are converted"):
+        load_features(BUNDLED, SignalSpec("image", 4, (16, 16)))
+
+
 class Stripes(Source):
     """Images with horizontal or vertical stripes."""
 

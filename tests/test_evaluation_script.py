@@ -8,6 +8,7 @@ import torch
 
 from intarsia.cli import UserError
 from intarsia.config import ConfigError
+from intarsia.specs import SignalSpec
 from pipelines import evaluate
 from pipelines.evaluate import main
 from pipelines.evaluation.sets import ImageSet, balanced_labels
@@ -70,3 +71,14 @@ def test_images_lie_in_the_folder_that_is_written_to_and_a_full_disk_is_said_bef
     main([*words, "--bootstrap", "3"])
     assert {str(folder) for folder in used if folder is not None} == {str(tmp_path / "out")}
     assert [path.name for path in (tmp_path / "out").iterdir() if path.suffix not in (".json", ".png")] == []
+
+
+def test_images_that_no_picture_holds_are_measured_all_the_same(tmp_path, monkeypatch, capsys):
+    tiny.pipeline("gpt", micro_batch=16).save_pretrained(tmp_path / "pipeline")
+    monkeypatch.setattr(evaluate.SOURCES, "build", lambda config: Blobs())
+    monkeypatch.setattr(evaluate, "load_features", lambda *a: feature_model())
+    monkeypatch.setattr(SignalSpec, "drawable", property(lambda self: False))
+    words = ["--pipeline", str(tmp_path / "pipeline"), "--out", str(tmp_path / "out"), "--device", "cpu", "--n", "20", "--k", "2"]
+    main([*words, "--bootstrap", "3"])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["evaluation.json", "timing.json"]
+    assert "no pictures: images of 1 channels" in capsys.readouterr().out

@@ -316,6 +316,14 @@ def test_advice_is_of_the_kind_and_names_auto_where_it_helps() -> None:
         assert words in said[0] and "ema" not in said[0] and ("health.collapse: auto" in said[0]) == auto
 
 
+def test_codes_that_go_out_of_use_by_intention_are_not_set_anew() -> None:
+    model = tokenizer(VQConfig(codes=8, dim=4, rate=0.1, init="normal"))
+    health, said = Health(HealthConfig(collapse="auto"), model), []
+    health.count([torch.zeros(1, 4, 4, dtype=torch.int64)])
+    health.look(model, comm, never, said.append, left=500)
+    assert "there is none for it" in said[0] and "a smaller rate" in said[0] and not health.stage.any()
+
+
 @pytest.mark.parametrize("kind", ["gumbel", "residual", "product"])
 def test_what_is_watched_are_the_codes_that_encode_gives_not_those_that_noise_draws(kind: str) -> None:
     noisy = GumbelConfig(codes=8, dim=4, scale=0.01, init="normal")

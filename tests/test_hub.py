@@ -175,6 +175,27 @@ def test_a_module_that_its_configuration_does_not_build_is_not_saved(tmp_path: P
     assert not (tmp_path / "model").exists()
 
 
+def test_a_class_that_would_load_as_another_is_not_saved(tmp_path: Path) -> None:
+    class Forgotten(Net):
+        """Of no name of its own."""
+
+    with pytest.raises(HubError, match="Forgotten: the type '.*' is Net, which it would load as; register the class"):
+        Forgotten(NetConfig(), 4).save_pretrained(tmp_path / "model")
+    other = built()
+    other.config = OtherConfig()
+    with pytest.raises(HubError, match="Net: its configuration is of the type 'other'; expected that of"):
+        other.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_folder_of_a_run_is_no_place_for_a_release(tmp_path: Path) -> None:
+    """It would load as what lies in model/."""
+    built().save_pretrained(tmp_path / "model")
+    with pytest.raises(HubError, match="is the folder of a run, which loads as its model/; expected another folder"):
+        built(1).save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_the_release_of_a_run_folder_is_its_model(tmp_path: Path) -> None:
     built().save_pretrained(tmp_path / "model")
     assert release_folder(tmp_path) == str(tmp_path / "model")

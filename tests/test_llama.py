@@ -130,6 +130,16 @@ def test_a_prior_with_the_other_trunk_is_the_same_prior(case: Case) -> None:
     assert own.with_trunk("own") is own
 
 
+def test_a_subclass_keeps_its_class_on_the_other_trunk() -> None:
+    class Bolder(GPTPrior):
+        def heard(self) -> str:
+            return "mine"
+
+    own = PRIORS[0].build()
+    bolder = Bolder(own.config, own.spec)
+    assert bolder.with_trunk("llama").heard() == "mine"  # type: ignore[attr-defined]
+
+
 # A causal language model -----------------------------------------------------------------------------------------
 N, VOCAB = 7, 6
 ROTARY = {"positions": "rotary", "label": "prefix"}

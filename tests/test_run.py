@@ -482,6 +482,26 @@ def test_steps_may_grow_and_the_schedule_is_read_anew_from_there(tmp_path):
     assert go(tmp_path, steps=16).differences(left) == []  # a finished run is finished
 
 
+def test_a_command_that_is_refused_changes_nothing_in_the_folder(tmp_path):
+    go(tmp_path, workers=1)
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match="steps may only grow"):
+        go(tmp_path, workers=2, steps=6)
+    assert (tmp_path / "config.yaml").read_text() == before
+    go(tmp_path, workers=2)
+    assert (tmp_path / "config.yaml").read_text() == before.replace("workers: 1", "workers: 2")
+
+
+def test_a_run_that_was_resumed_by_name_says_how_it_goes_on(tmp_path, capsys):
+    go(tmp_path, Flags(max_steps=8))
+    flags = Flags(resume=str(tmp_path / "checkpoints" / "step-00000004"))
+    with pytest.raises(SystemExit):
+        go(tmp_path, flags, at=lambda step, run: os.kill(os.getpid(), signal.SIGTERM) if step == 5 else None)
+    assert "the same command without --resume goes on from there" in capsys.readouterr().err
+    with pytest.raises(UserError, match="holds no manifest.json; .*without the flag a run goes on from its newest"):
+        go(tmp_path, Flags(resume=str(tmp_path / "checkpoints" / "step-00000002")))
+
+
 def test_max_steps_stops_early_and_still_releases(tmp_path):
     whole = go(tmp_path / "whole")
     assert go(tmp_path / "cut", Flags(max_steps=8)).step == 8 and (tmp_path / "cut" / "model" / "weights").exists()
@@ -560,6 +580,51 @@ def test_the_best_validation_is_kept_in_model(tmp_path):
 def test_release_last_ends_with_the_last_step(tmp_path):
     go(tmp_path, figures=lambda step: {"loss": LOSSES[step + 1]}, log={"validate_every": 2, "release": "last"})
     assert (tmp_path / "model" / "weights").read_text() == "saved"
+
+
+def test_a_best_that_an_earlier_end_replaced_is_not_taken_for_the_best(tmp_path, capsys):
+    changes = {"figures": lambda step: {"loss": LOSSES.get(step + 1, 0.3)}}
+    go(tmp_path, **changes, log={"validate_every": 2, "release": "last"})
+    assert json.loads((tmp_path / "release.json").read_text()) == {"step": 12, "release": "last", "finished": True}
+    (tmp_path / "model" / "weights").write_text("of an earlier last step")
+    go(tmp_path, **changes, log={"validate_every": 2, "release": "best"}, steps=14)
+    assert (tmp_path / "model" / "weights").read_text() == "saved" and "model/ is of the last step" in capsys.readouterr().err
+    go(tmp_path / "best", **changes, log={"validate_every": 2}, steps=14)
+    assert json.loads((tmp_path / "best" / "release.json").read_text()) == {"step": 10, "release": "best", "finished": True}
+    assert (tmp_path / "best" / "model" / "weights").read_text() == "best 10"
+
+
+def test_a_finished_run_without_checkpoints_does_not_begin_anew(tmp_path):
+    go(tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(UserError, match="run: .* holds the release of a finished run and no checkpoint to go on from; take another folder"):
+        go(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == before and (tmp_path / "model" / "weights").exists()
+    shutil.rmtree(tmp_path / "model")
+    assert go(tmp_path).step == 12
+
+
+def test_a_run_stopped_between_its_first_release_and_its_first_checkpoint_begins_anew(tmp_path):
+    def stop(step: int, run: Run) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    changes = {"figures": lambda step: {"loss": LOSSES[step + 1]}, "log": {"validate_every": 2}}
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path, at=stop, **changes)
+    assert (tmp_path / "model" / "weights").read_text() == "best 2" and not any((tmp_path / "checkpoints").glob("step-*"))
+    assert go(tmp_path, **changes).step == 12
+
+
+def test_a_release_goes_where_model_links_to(tmp_path):
+    go(tmp_path / "run", Flags(max_steps=4))
+    os.rename(tmp_path / "run" / "model", tmp_path / "elsewhere")
+    (tmp_path / "run" / "model").symlink_to(tmp_path / "elsewhere")
+    for number in range(2):
+        replace_folder(tmp_path / "run" / "model", lambda folder, n=number: (folder / "weights").write_text(f"number {n}"))
+    assert (tmp_path / "elsewhere" / "weights").read_text() == "number 1" and (tmp_path / "run" / "model").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["elsewhere", "run"]
 
 
 def test_patience_ends_the_run_and_it_stays_ended(tmp_path, capsys):

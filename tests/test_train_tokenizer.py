@@ -239,13 +239,14 @@ def test_an_objective_that_forgets_the_decoders_of_prefixes_is_refused_before_an
 
 def test_a_run_goes_on_with_its_own_data_alone(tmp_path, monkeypatch):
     run_training(tiny(tmp_path, steps=6), max_steps=2)
-    begun = json.loads((tmp_path / "data.json").read_text())
+    begun, config = json.loads((tmp_path / "data.json").read_text()), (tmp_path / "config.yaml").read_text()
     assert begun["train"]["count"] == 50
     real, samples = Toy.split, r"50 train samples \(sha256 \w{8}\)"
     with monkeypatch.context() as patch:
         patch.setattr(Toy, "split", lambda self, name: real(self, name).select(torch.arange(len(real(self, name))).flip(0)))
         with pytest.raises(DataError, match=f"was begun on {samples}, these are {samples}: it goes on with the same data"):
-            run_training(tiny(tmp_path, steps=6))
+            run_training(tiny(tmp_path, steps=6, workers=3))
+    assert (tmp_path / "config.yaml").read_text() == config  # by which encode and evaluate find the data
     run_training(tiny(tmp_path, steps=6))
     assert Left.of(tmp_path).step == 6 and json.loads((tmp_path / "data.json").read_text()) == begun
 
@@ -382,7 +383,11 @@ def test_the_checkpoint_is_as_large_as_dry_run_says(tmp_path):
         (["--data.type", "tyo"], "data: unknown data source 'tyo'; did you mean 'toy'"),
         (["--precision", "fp8"], "precision: Input should be"),
         (["--resume", "nowhere"], "resume: 'nowhere' holds no manifest.json; expected a checkpoint"),
-        (["--init", "nowhere"], "nowhere"),
+        (["--init", "nowhere"], "init: 'nowhere' is neither a folder nor a Hub id"),
+        (["--init", "", "--check"], "init: '' is neither a folder nor a Hub id"),
+        (["--batch_size", "1000000000000"], "batch_size: Input should be less than or equal to 16777216"),
+        (["--timeout", "1e15"], "timeout: Input should be less than or equal to 100000000"),
+        (["--tokenizer.quantizer.dim", "1" + 22 * "0"], "VQVAE: the configuration has a size that no tensor can have"),
     ],
 )
 def test_d1_mistakes_end_with_exit_code_2_and_one_line(tmp_path, monkeypatch, capsys, words, message):

@@ -20,7 +20,7 @@ class IndependentCodes:
     """p(codes | class) = product over levels and positions of the training frequency of that code there, given the class.
 
     A draw from the frequencies is the code of a training row of that class, picked anew for each position: no tables, exact
-    frequencies, for any vocabulary.
+    frequencies, for any vocabulary. A class that training did not see is drawn by the frequencies of all.
     """
 
     def __init__(self, levels: Sequence[LevelSpec], codes: Sequence[Tensor], labels: Tensor | None = None, classes: int = 1) -> None:
@@ -35,6 +35,8 @@ class IndependentCodes:
         self.labels = None if labels is None else labels.cpu()
         self.classes = 1 if labels is None else classes
         self._strata = Strata.of(self.labels, self.n, self.classes)
+        unseen = self._strata.size == 0
+        self._strata.start[unseen], self._strata.size[unseen] = 0, self.n
 
     @staticmethod
     def _flat(level: LevelSpec, codes: Tensor, n: int) -> Tensor:

@@ -188,7 +188,7 @@ def load_features(name: str, signal: SignalSpec, device: torch.device | str = "c
     Args:
         name: "fashion-cnn-v1", or a folder or Hub id with a classifier that the training script saved.
 
-    Raises ValueError for signals that are no images, and where the bundled weights are not the pinned ones.
+    Raises ValueError for signals that are no images or cannot be adapted, and where the bundled weights are not the pinned ones.
     """
     if signal.kind != "image":
         raise ValueError(f"features: {name!r} takes images; the signals are {signal.kind}")
@@ -202,6 +202,7 @@ def load_features(name: str, signal: SignalSpec, device: torch.device | str = "c
         sha256 = classifier.weights_sha256
         label = f"{classifier.config.name} {sha256[:8]}"
     taken = classifier.spec.signal
+    adapt(torch.zeros(1, signal.channels, *signal.shape), taken)  # or it says why not
     if (taken.channels, taken.shape) != (signal.channels, signal.shape):
         label += f", images of {_geometry(signal)} adapted to {_geometry(taken)}"
     return FeatureModel(classifier.to(device).eval(), label, sha256)

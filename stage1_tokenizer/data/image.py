@@ -1,6 +1,7 @@
 """One image: what is refused, what is converted, and the decoding to a uint8 array.
 
-Accepted: grey and colour with 8 bits a channel, in any format that PIL reads. Converted: palettes, transparency (laid on
+Accepted: grey and colour with 8 bits a channel, in the formats of FORMATS, none of which starts another program (for EPS, PIL runs
+Ghostscript). Converted: palettes, transparency (laid on
 white), bilevel, EXIF rotation. Refused: 16-bit and floating-point grey, CMYK and other colour spaces, animations,
 images above MAX_PIXELS (a file of half a megabyte can hold a gigabyte) or below MIN_SIDE. What ``transform.too_large`` refuses, long
 strips that a resize would enlarge to as much, is found by the headers, too.
@@ -25,6 +26,8 @@ MAX_PIXELS = 80_000_000
 MIN_SIDE = 4
 GREY = {"1", "L", "LA", "La"}
 COLOUR = {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX"}
+FORMATS = {"AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "TGA"}
+FORMATS |= {"TIFF", "WEBP"}
 EXIF_ORIENTATION = 0x0112
 
 
@@ -87,6 +90,8 @@ def read_header(data: str | bytes | Image) -> Header:
 
 
 def _check(image: Image, width: int, height: int) -> None:
+    if image.format not in FORMATS | {None}:  # None: made in memory
+        raise ImageError(f"format {image.format}; expected one of {', '.join(sorted(FORMATS))}")
     if height * width > MAX_PIXELS:
         raise ImageError(f"{width}x{height} pixels; at most {MAX_PIXELS} are decoded")
     if min(height, width) < MIN_SIDE:

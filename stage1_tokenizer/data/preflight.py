@@ -11,6 +11,7 @@ from torch import Tensor
 
 from intarsia.config import Place
 from intarsia.rng import permutation
+from intarsia.run_config import LONGEST, MOST_THREADS
 from stage1_tokenizer.data.base import DataError, Source, SourceConfig, Split
 from stage1_tokenizer.data.decoded import DecodedSplit, Items
 from stage1_tokenizer.data.image import Header, ImageError, decode, read_header
@@ -40,11 +41,18 @@ class DecodedConfig(SourceConfig):
             raise ValueError("must not be negative")
         return value
 
+    @field_validator("workers")
+    @classmethod
+    def _few(cls, value: int) -> int:
+        if value > MOST_THREADS:
+            raise ValueError(f"at most {MOST_THREADS} threads")
+        return value
+
     @field_validator("timeout")
     @classmethod
     def _limited(cls, value: float) -> float:
-        if not value > 0:
-            raise ValueError("must be positive: there is no unlimited wait")
+        if not 0 < value <= LONGEST:
+            raise ValueError(f"must be positive and at most {LONGEST:g}: there is no unlimited wait")
         return value
 
 

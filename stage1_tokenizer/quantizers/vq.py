@@ -92,8 +92,9 @@ class VQ(CodebookQuantizer):
     """
 
     advice = Quantizer.advice | {
-        "collapse": "update: ema in place of gradient; restart: 0.05; init: kmeans; beta: 0.1; an entropy bonus; a codebook that grows;"
-        " cosine: true with dim 8; fewer codes",
+        "collapse": "update: ema in place of gradient; restart: 0.05; init: kmeans; beta: 0.1;"
+        " an entropy bonus; a codebook that grows;"
+        " cosine: true with dim 8; fewer codes; a smaller rate, where one is set",
         "far": "init: kmeans; beta: 0.25; update: ema",
         "twins": "fewer codes, or rate: 0.01",
     }
@@ -162,7 +163,10 @@ class VQ(CodebookQuantizer):
         return int(self.used) if self.config.grow else vocab
 
     def remedies(self) -> tuple[str, ...]:
-        """Codes set anew by k-means and restarted from now on where they die; then a weaker pull on the encoder."""
+        """Codes set anew by k-means and restarted from now on where they die; then a weaker pull on the encoder. None where codes cost
+        their bits: they go out of use by intention, and would again."""
+        if self.config.rate:
+            return ()
         beta = () if self.config.beta <= WEAK_BETA else (f"beta {WEAK_BETA}",)
         return (f"k-means of the latents as they are, and restart {self.config.restart or RESTART}", *beta)
 

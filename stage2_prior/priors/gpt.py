@@ -87,7 +87,7 @@ class GPTPrior(SequencePrior):
         """The same prior, with the same weights, on the other trunk; itself where that is its own. ConfigError for dropout on a Llama."""
         if trunk == self.config.trunk:
             return self
-        other = GPTPrior(self.config.replace(trunk=trunk), self.spec).to(self.device, self.dtype).train(self.training)
+        other = type(self)(self.config.replace(trunk=trunk), self.spec).to(self.device, self.dtype).train(self.training)
         change = to_llama if trunk == "llama" else from_llama
         state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("trunk.")}
         other.load_state_dict(state | {f"trunk.{name}": tensor for name, tensor in change(self.trunk.state_dict()).items()})

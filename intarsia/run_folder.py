@@ -158,7 +158,8 @@ class RunFolder:
     def _release_last(self, save: Save, step: int, unless_best: bool) -> None:
         """At the end of a run: its last step takes the place of model/, unless that is of the best step and is to stay."""
         kept = self._released()
-        if unless_best and (self.folder / "model").exists() and kept.get("release") != "last":
+        stays = unless_best and (self.folder / "model").exists() and kept.get("release") != "last"
+        if bool(comm.broadcast_(torch.tensor(int(stays), device=self.device))):  # as rank 0 sees it, before it writes
             self._note_release({"step": None, "release": "best"} | kept | {"finished": True})
             return
         if unless_best and kept:

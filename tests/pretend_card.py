@@ -37,7 +37,7 @@ class OnCard(Tensor):
         out.inner = inner
         return out
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"OnCard({self.inner!r})"
 
     def numpy(self, **_: Any) -> Any:
@@ -50,7 +50,7 @@ class OnCard(Tensor):
         return self.inner.tolist()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = dict(kwargs or {})
         device = kwargs.get("device")
         if func is _ATEN.copy_.default:  # from any device to any other

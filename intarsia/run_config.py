@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from intarsia.config import Added, Budget, Config, Place, Seed
 
 LONGEST, MOST_THREADS = 1e8, 1024  # seconds (three years), threads: more are refused by the system, in its own words
+BatchSize = Annotated[int, Field(ge=1, le=1 << 24)]
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -66,7 +67,7 @@ class RunConfig(Config):
     """Root of all randomness."""
     steps: Budget[Positive] = 10_000
     """Optimizer steps in all; the schedule reads it. May grow when resuming."""
-    batch_size: Annotated[int, Field(ge=1, le=1 << 24)] = 64
+    batch_size: BatchSize = 64
     """Samples per optimizer step, over all processes and micro-batches."""
     accumulate: Positive = 1
     """Micro-batches per process and step."""

@@ -19,7 +19,7 @@ from intarsia.machine import env_rank, tensor_bytes
 from intarsia.meta import build_on_meta
 from intarsia.rng import StepRng
 from intarsia.run import Run
-from intarsia.run_config import LogConfig, OptimConfig, RunConfig
+from intarsia.run_config import BatchSize, LogConfig, OptimConfig, RunConfig
 from intarsia.run_folder import check_start, run_path
 from intarsia.specs import CodesSpec, Cond
 from intarsia.stepping import state_bytes
@@ -39,7 +39,7 @@ class PriorTrainConfig(RunConfig):
     """What is trained."""
     validation_samples: Place[Annotated[int, Field(ge=0)]] = 0
     """Validate on the first so many; 0 = all."""
-    batch_size: Annotated[int, Field(ge=1, le=1 << 24)] = 32
+    batch_size: BatchSize = 32
     """Samples per optimizer step, over all processes and micro-batches."""
     optim: OptimConfig = OptimConfig(lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05, average=0.999)
     """Optimizer and schedule."""

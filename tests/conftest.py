@@ -12,6 +12,7 @@ import importlib
 import pickle
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -20,6 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm import tqdm
+
+tqdm.set_lock(threading.RLock())  # the usual one is shared with forked children: one that is killed while it holds it stops all others
+tqdm.monitor_interval = 0  # nor may a thread hold it while a child is forked
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -26,8 +26,9 @@ MAX_PIXELS = 80_000_000
 MIN_SIDE = 4
 GREY = {"1", "L", "LA", "La"}
 COLOUR = {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX"}
-FORMATS = {"AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "TGA"}
-FORMATS |= {"TIFF", "WEBP"} | {"HEIF", "JXL"}  # the last two by packages that add them to PIL
+FORMATS = {"AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI"}
+FORMATS |= {"TGA", "TIFF", "WEBP"}
+FORMATS |= {"HEIF", "JXL"}  # by packages that add them to PIL
 EXIF_ORIENTATION = 0x0112
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
-from pydantic import field_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from intarsia.config import Place
@@ -29,23 +30,16 @@ class DecodedConfig(SourceConfig):
     """Leave out images that cannot be used, and count them; every image is then decoded once at the start. Else the first is an error."""
     memory: Place[int] = 1 << 30
     """Images that take up to this many bytes once decoded are held in memory as uint8; others are decoded for each batch."""
-    workers: Place[int] = 0
+    workers: Place[Annotated[int, Field(ge=0, le=MOST_THREADS)]] = 0
     """Threads that decode; 0 = one per core, at most 8. The result does not depend on it."""
     timeout: Place[float] = 120.0
     """Seconds without any image decoded after which a batch is given up."""
 
-    @field_validator("memory", "workers")
+    @field_validator("memory")
     @classmethod
     def _not_negative(cls, value: int) -> int:
         if value < 0:
             raise ValueError("must not be negative")
-        return value
-
-    @field_validator("workers")
-    @classmethod
-    def _few(cls, value: int) -> int:
-        if value > MOST_THREADS:
-            raise ValueError(f"at most {MOST_THREADS} threads")
         return value
 
     @field_validator("timeout")

@@ -92,8 +92,7 @@ class VQ(CodebookQuantizer):
     """
 
     advice = Quantizer.advice | {
-        "collapse": "update: ema in place of gradient; restart: 0.05; init: kmeans; beta: 0.1;"
-        " an entropy bonus; a codebook that grows;"
+        "collapse": "update: ema in place of gradient; restart: 0.05; init: kmeans; beta: 0.1; an entropy bonus; a codebook that grows;"
         " cosine: true with dim 8; fewer codes; a smaller rate, where one is set",
         "far": "init: kmeans; beta: 0.25; update: ema",
         "twins": "fewer codes, or rate: 0.01",
